@@ -1,0 +1,302 @@
+"""A population of multi-layer perceptrons, trained side by side.
+
+One network maps a batch x [B, D] to class scores:
+
+    a_0 = x,    z_l = a_{l-1} W_l + b_l,    a_l = activation(z_l),    logits = z_L
+
+and back-propagation walks the same chain in reverse, with g_l the gradient of the loss by z_l:
+
+    g_L = (softmax(logits) - onehot(y)) / B
+    dW_l = a_{l-1}^T g_l,    db_l = sum over the batch of g_l,    g_{l-1} = (g_l W_l^T) * activation'(z_{l-1})
+
+K networks do this at once. All of them read the same batch, so their first layers lie side by side as
+the columns of one matrix V [D, S]: K small products become one large one, which runs at the speed of
+the machine. From the second layer on, members of equal shape are stacked along a leading axis.
+One network is K = 1, through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from core.train import TrainConfig
+
+Array = NDArray[Any]
+Layers = list[tuple[Array, Array]]  # [(W [d_in, d_out], b [d_out]), ...], first layer first
+
+
+class Activation(NamedTuple):
+    """`apply` turns z into a, in place; `backward` turns the gradient by a into that by z, in place."""
+
+    apply: Callable[[Array], None]
+    backward: Callable[[Array, Array], None]
+
+
+def relu(z: Array) -> None:  # a = max(z, 0)
+    np.maximum(z, 0, out=z)
+
+
+def relu_backward(g: Array, a: Array) -> None:  # da/dz = 1 where a > 0, else 0
+    np.multiply(g, np.sign(a), out=g)
+
+
+def sigmoid(z: Array) -> None:  # a = 1 / (1 + exp(-z))
+    np.negative(z, out=z)
+    np.exp(z, out=z)
+    z += 1
+    np.reciprocal(z, out=z)
+
+
+def sigmoid_backward(g: Array, a: Array) -> None:  # da/dz = a (1 - a)
+    g *= a
+    g *= 1 - a
+
+
+def tanh(z: Array) -> None:  # a = tanh(z)
+    np.tanh(z, out=z)
+
+
+def tanh_backward(g: Array, a: Array) -> None:  # da/dz = 1 - a^2
+    g *= 1 - a * a
+
+
+ACTIVATIONS = {
+    "relu": Activation(relu, relu_backward),
+    "sigmoid": Activation(sigmoid, sigmoid_backward),
+    "tanh": Activation(tanh, tanh_backward),
+}
+
+# Standard deviation of a new weight matrix [d_in, d_out].
+INITS: dict[str, Callable[[int, int, float], float]] = {
+    "he": lambda d_in, d_out, std: (2 / d_in) ** 0.5,  # He et al. 2015
+    "xavier": lambda d_in, d_out, std: (2 / (d_in + d_out)) ** 0.5,  # Glorot and Bengio 2010
+    "lecun": lambda d_in, d_out, std: (1 / d_in) ** 0.5,  # LeCun et al. 1998
+    "normal": lambda d_in, d_out, std: std,
+}
+
+
+def initial_layers(config: TrainConfig, inputs: int, outputs: int, rng: np.random.Generator) -> Layers:
+    """Fresh float32 weights of one network with `inputs` features and `outputs` classes."""
+    sizes = (inputs, *config.hidden_sizes, outputs)
+    layers: Layers = []
+    for d_in, d_out in pairwise(sizes):
+        std = INITS[config.init](d_in, d_out, config.weight_std)
+        w = rng.standard_normal((d_in, d_out), dtype=np.float32) * np.float32(std)
+        b = rng.standard_normal(d_out, dtype=np.float32) * np.float32(config.bias_std)
+        layers.append((w, b))
+    return layers
+
+
+def shape_key(config: TrainConfig) -> tuple[str, tuple[int, ...], str, bool]:
+    """Members with equal keys are stacked; those of one update rule lie side by side."""
+    return config.update_rule, config.hidden_sizes, config.activation, config.dropout > 0
+
+
+@dataclass
+class Stack:
+    """n members of one shape. Their arrays from the second layer on carry a leading member axis."""
+
+    members: slice  # rows of the logits [K, B, C]
+    columns: slice  # columns of the first layer V [D, S]
+    width: int  # columns of one member
+    activation: Activation
+    update_rule: str
+    dropout: bool
+    inner: list[Array]  # W_2 [n, d_1, d_2], b_2 [n, 1, d_2], W_3, b_3, ...
+    memory: list[list[Array]] = field(default_factory=list)  # what the update rule keeps, like `inner`
+
+    @property
+    def n(self) -> int:
+        return self.members.stop - self.members.start
+
+
+@dataclass
+class Population:
+    """K networks on D inputs and C classes; member k's first layer is V[:, columns of k] * scale."""
+
+    stacks: list[Stack]
+    v: Array  # [D, S]
+    bias: Array  # [S]
+    scale: Array  # [S] float64, weight decay not yet multiplied into V (see optim.update_first_layer)
+    widths: Array  # [K], first-layer columns per member
+    classes: int
+    memory: list[list[Array]]  # what the update rules keep for V and bias: [D, S], [S]
+
+    @property
+    def size(self) -> int:
+        return len(self.widths)
+
+    def columns(self, k: int) -> slice:
+        stop = int(self.widths[: k + 1].sum())
+        return slice(stop - int(self.widths[k]), stop)
+
+
+def populate(
+    configs: Sequence[TrainConfig],
+    inputs: int,
+    classes: int,
+    least_columns: int,
+    memory: int,
+    dtype: Any = np.float32,
+) -> Population:
+    """An empty population; the configs must be sorted by shape_key. `memory` arrays per parameter are kept.
+
+    V gets at least `least_columns` columns (zeros, never used): below some size BLAS takes another kernel,
+    whose rounding would tell a lone member from one in company.
+    """
+    stacks, widths, start, column = [], [], 0, 0
+    for (rule, hidden, activation, dropout), group in groupby(configs, shape_key):
+        n = len(list(group))
+        sizes = (*hidden, classes)
+        inner: list[Array] = []
+        for d_in, d_out in pairwise(sizes):
+            inner += [np.zeros((n, d_in, d_out), dtype), np.zeros((n, 1, d_out), dtype)]
+        stack = Stack(
+            members=slice(start, start + n),
+            columns=slice(column, column + n * sizes[0]),
+            width=sizes[0],
+            activation=ACTIVATIONS[activation],
+            update_rule=rule,
+            dropout=dropout,
+            inner=inner,
+            memory=[[np.zeros_like(p) for p in inner] for _ in range(memory)],
+        )
+        stacks.append(stack)
+        widths += [sizes[0]] * n
+        start, column = stack.members.stop, stack.columns.stop
+    columns = max(column, least_columns)
+    return Population(
+        stacks=stacks,
+        v=np.zeros((inputs, columns), dtype),
+        bias=np.zeros(columns, dtype),
+        scale=np.ones(columns),
+        widths=np.array(widths),
+        classes=classes,
+        memory=[[np.zeros((inputs, columns), dtype), np.zeros(columns, dtype)] for _ in range(memory)],
+    )
+
+
+@dataclass
+class Activity:
+    """What a forward pass leaves behind for the backward pass."""
+
+    logits: Array  # [K, B, C]
+    first: Array  # [B, S], the first layer's activations
+    hidden: list[list[Array]]  # per stack the activations a_1, a_2, ... [n, B, d], before dropout
+    masks: Sequence[Sequence[Array]]  # per stack the dropout masks of a_1, a_2, ...; empty without dropout
+
+
+def member_axis(wide: Array, stack: Stack) -> Array:
+    """A stack's columns of a wide array [B, S] as a view [n, B, width]."""
+    view: Array = wide[:, stack.columns].reshape(len(wide), stack.n, stack.width).transpose(1, 0, 2)
+    return view
+
+
+def forward(population: Population, x: Array, masks: Sequence[Sequence[Array]] = ()) -> Activity:
+    """Logits of all members for a batch x [B, D]; `masks` per stack and hidden layer, for training with dropout."""
+    p = population
+    z = x @ p.v  # [B, S]: the first layers of all members in one product
+    z *= p.scale.astype(z.dtype)
+    z += p.bias
+    logits = np.empty((p.size, len(x), p.classes), z.dtype)  # [K, B, C]
+    hidden: list[list[Array]] = []
+    for stack, stack_masks in zip(p.stacks, masks or [()] * len(p.stacks), strict=True):
+        a = member_axis(z, stack)  # [n, B, d_1]
+        outputs: list[Array] = []
+        for layer in range(0, len(stack.inner), 2):
+            w, b = stack.inner[layer], stack.inner[layer + 1]
+            stack.activation.apply(a)
+            outputs.append(a)
+            if stack_masks:
+                a = a * stack_masks[layer // 2]
+            a = a @ w  # [n, B, d_l]
+            a += b
+        logits[stack.members] = a
+        hidden.append(outputs)
+    return Activity(logits, z, hidden, masks)
+
+
+def softmax_loss(logits: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Cross-entropy of each example and its gradient.
+
+    Returns (loss [K, B], correct [K, B] bool, gradient [K, B, C] of the summed loss by the logits):
+    loss = log(sum(exp(logits))) - logits[y],    gradient = softmax(logits) - onehot(y)
+    """
+    k, b, c = logits.shape
+    z = np.ascontiguousarray(logits.reshape(k * b, c).T)  # [C, K * B]: class by class, so that sums vectorise
+    targets = np.tile(y, k)
+    rows = np.arange(k * b)
+    top = np.maximum.reduce(z, axis=0)
+    z -= top
+    chosen = z[targets, rows]  # 0 where the right class has the highest logit
+    np.exp(z, out=z)
+    total = np.add.reduce(z, axis=0)
+    loss = np.log(total) - chosen
+    z /= total
+    z[targets, rows] -= 1
+    gradient = np.ascontiguousarray(z.T).reshape(k, b, c)
+    return loss.reshape(k, b), (chosen == 0).reshape(k, b), gradient
+
+
+def backward(population: Population, activity: Activity, gradient: Array) -> tuple[Array, list[list[Array]]]:
+    """Back-propagate the gradient by the logits [K, B, C] to the first layer's pre-activation.
+
+    Returns (g [B, S], per stack the gradients of `inner`); the first layer's own gradients are x^T g and
+    the sum of g over the batch, which the optimiser takes chunk by chunk.
+    """
+    wide = np.zeros_like(activity.first)  # [B, S]
+    inner_gradients: list[list[Array]] = []
+    for i, stack in enumerate(population.stacks):
+        g = gradient[stack.members]  # [n, B, C]
+        gradients: list[Array] = []
+        for layer in reversed(range(0, len(stack.inner), 2)):
+            a, w = activity.hidden[i][layer // 2], stack.inner[layer]
+            mask = activity.masks[i][layer // 2] if stack.dropout and activity.masks else None
+            dropped = a if mask is None else a * mask
+            gradients[:0] = [dropped.transpose(0, 2, 1) @ g, np.add.reduce(g, axis=1, keepdims=True)]
+            g = g @ w.transpose(0, 2, 1)  # [n, B, d_{l-1}]
+            if mask is not None:
+                g *= mask
+            stack.activation.backward(g, a)
+        member_axis(wide, stack)[...] = g
+        inner_gradients.append(gradients)
+    return wide, inner_gradients
+
+
+def load_member(
+    population: Population, k: int, layers: Layers, scale: float, memory: Sequence[Layers]
+) -> None:
+    """Write one network, and what its update rule remembers, into row k of the population."""
+    columns, stack, i = population.columns(k), *_place(population, k)
+    population.scale[columns] = scale
+    targets = [(population.v, population.bias, stack.inner)]
+    targets += [(*first, inner) for first, inner in zip(population.memory, stack.memory, strict=True)]
+    for (v, bias, inner), (first, *rest) in zip(targets, (layers, *memory), strict=False):
+        v[:, columns], bias[columns] = first
+        for layer, (w, b) in enumerate(rest):
+            inner[2 * layer][i], inner[2 * layer + 1][i] = w, b
+
+
+def save_member(population: Population, k: int, memory: int) -> tuple[Layers, float, list[Layers]]:
+    """The inverse of load_member: copies of (layers, scale, `memory` remembered arrays) of member k."""
+    columns, stack, i = population.columns(k), *_place(population, k)
+
+    def copies(v: Array, bias: Array, inner: list[Array]) -> Layers:
+        first = (v[:, columns].copy(), bias[columns].copy())
+        return [first, *((w[i].copy(), b[i, 0].copy()) for w, b in zip(inner[::2], inner[1::2], strict=True))]
+
+    layers = copies(population.v, population.bias, stack.inner)
+    kept = [copies(*first, inner) for first, inner in zip(population.memory, stack.memory, strict=True)]
+    return layers, float(population.scale[columns.start]), kept[:memory]
+
+
+def _place(population: Population, k: int) -> tuple[Stack, int]:
+    stack = next(s for s in population.stacks if k < s.members.stop)
+    return stack, k - stack.members.start

@@ -1,0 +1,524 @@
+"""Training in slices: `advance` takes a group of trials some epochs further, `fit` repeats that until done.
+
+A trial's state is all that its future depends on: what comes back from `advance` is the same, bit for bit,
+whatever the company and the length of the slices (where the BLAS allows it, see `blas_is_exact`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from core import optim
+from core.data import Dataset, Split
+from core.network import (
+    ACTIVATIONS,
+    INITS,
+    Array,
+    Layers,
+    Population,
+    backward,
+    forward,
+    initial_layers,
+    load_member,
+    populate,
+    save_member,
+    shape_key,
+    softmax_loss,
+)
+
+EVALUATION_ROWS = 512
+SNAPSHOT_UNITS = 100  # first-layer units kept for images
+# BLAS multiplies matrices of fewer than 10^6 products by another kernel, which rounds differently.
+LEAST_PRODUCTS = 1_000_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides how one network is trained. Raises ValueError naming the field."""
+
+    hidden_sizes: tuple[int, ...] = (50,)  # () is softmax regression
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
+    init: Literal["he", "xavier", "lecun", "normal"] = "he"
+    weight_std: float = 0.01  # of init "normal"
+    bias_std: float = 0.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.0  # sgd
+    nesterov: bool = False  # sgd with momentum
+    beta1: float = 0.9  # adam
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    eta: float = 0.01  # learning rate; the highest one of schedules that vary it
+    schedule: Literal["constant", "exponential", "step", "cyclical", "cosine"] = "constant"
+    decay: float = 1.0  # step: factor per epoch; exponential: k in eta * exp(-k * epoch)
+    eta_min: float = 0.0  # cyclical and cosine
+    n_s: int = 500  # cyclical: updates from eta_min to eta
+    lam: float = 0.0  # `lambda` everywhere else: cost = loss + l2_scale * lambda * sum of squared weights
+    l2_scale: float = 1.0  # 0.5 for the weight-decay convention
+    dropout: float = 0.0  # probability of dropping a hidden unit, rounded to 1/256
+    batch_size: int = 100
+    epochs: int | None = 10
+    updates: int | None = None  # instead of epochs
+    patience: int | None = None  # stop after so many evaluations without a lower validation loss
+    curves: Literal["running", "full"] = (
+        "running"  # training curve: mean over the batches, or the whole split
+    )
+    eval_every: int | None = None  # updates between evaluations; None: once per epoch
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for name, (holds, expected) in _EXPECTED.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        if (self.epochs is None) == (self.updates is None):
+            raise ValueError(
+                f"epochs: expected either epochs or updates, got {self.epochs} and {self.updates}"
+            )
+        if self.eta_min > self.eta:
+            raise ValueError(f"eta_min: expected at most eta = {self.eta}, got {self.eta_min}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: expected momentum above 0 beside it, got 0")
+
+    @property
+    def update_rule(self) -> str:
+        if self.optimizer == "adam":
+            return "adam"
+        return "nesterov" if self.nesterov else "momentum" if self.momentum else "sgd"
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> TrainConfig:
+        """From the words of files and UIs: `lambda`; hidden_sizes as a list or as the text "[75, 150]"."""
+        own = {"lam" if name == "lambda" else name: value for name, value in params.items()}
+        sizes = own.get("hidden_sizes")
+        if isinstance(sizes, str):
+            own["hidden_sizes"] = json.loads(sizes)
+        if own.get("updates") is not None:
+            own.setdefault("epochs", None)
+        unknown = own.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{min(unknown)}: no such setting of a training run")
+        return cls(**own)
+
+    def to_params(self) -> dict[str, Any]:
+        params = {"lambda" if name == "lam" else name: value for name, value in asdict(self).items()}
+        params["hidden_sizes"] = str(list(self.hidden_sizes))
+        return params
+
+    def cost(self, inputs: int, classes: int) -> int:
+        """Floating-point operations per training example: 4 D H_1 + 6 * the inner layers'."""
+        sizes = (*self.hidden_sizes, classes)
+        return 4 * inputs * sizes[0] + 6 * sum(a * b for a, b in pairwise(sizes))
+
+
+def _number(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and holds(v)
+
+
+def _integer(v: Any) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool) and v >= 1
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: v in names), "one of " + ", ".join(names)
+
+
+_POSITIVE = _number(lambda v: v > 0), "a number above 0"
+_NOT_NEGATIVE = _number(lambda v: v >= 0), "a number of 0 or more"
+_FRACTION = _number(lambda v: 0 <= v < 1), "a number from 0 to below 1"
+_COUNT = _integer, "an integer of 1 or more"
+_COUNT_OR_NONE = (lambda v: v is None or _integer(v)), "an integer of 1 or more, or none"
+_SIZES = (
+    (lambda v: all(_integer(n) and n <= 100_000 for n in v) and len(v) <= 100),
+    "a list of layer sizes, each from 1 to 100000",
+)
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "hidden_sizes": _SIZES,
+    "activation": _one_of(*ACTIVATIONS),
+    "init": _one_of(*INITS),
+    "weight_std": _NOT_NEGATIVE,
+    "bias_std": _NOT_NEGATIVE,
+    "optimizer": _one_of("sgd", "adam"),
+    "momentum": _FRACTION,
+    "beta1": _FRACTION,
+    "beta2": _FRACTION,
+    "epsilon": _POSITIVE,
+    "eta": _POSITIVE,
+    "schedule": _one_of(*optim.SCHEDULES),
+    "decay": _NOT_NEGATIVE,
+    "eta_min": _NOT_NEGATIVE,
+    "n_s": _COUNT,
+    "lam": _NOT_NEGATIVE,
+    "l2_scale": _NOT_NEGATIVE,
+    "dropout": _FRACTION,
+    "batch_size": _COUNT,
+    "epochs": _COUNT_OR_NONE,
+    "updates": _COUNT_OR_NONE,
+    "patience": _COUNT_OR_NONE,
+    "curves": _one_of("running", "full"),
+    "eval_every": _COUNT_OR_NONE,
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One point of the curves."""
+
+    step: int  # epochs done; with `eval_every`, updates done
+    update: int
+    epoch: float
+    seconds: float  # training time of this trial so far
+    metrics: dict[str, float]  # cost/train, loss/train, accuracy/train, cost/val, ..., eta
+
+
+class Snapshot(NamedTuple):
+    step: int
+    weights: Array  # [D, up to SNAPSHOT_UNITS] of the first layer
+
+
+@dataclass
+class Progress:
+    """What a slice of a trial brought forth."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)  # at the start, the middle and the end
+    test: dict[str, float] | None = None  # at the end: loss, accuracy
+    confusion: Array | None = None  # at the end: [C, C] counts on the test split, rows are the true classes
+
+
+@dataclass
+class State:
+    """A trial between two slices."""
+
+    config: TrainConfig
+    order: tuple[int, ...]  # seed of the order of the data
+    rng: np.random.Generator  # of this trial alone: initial weights, dropout
+    layers: Layers  # the first W is to be multiplied by `scale`
+    scale: float
+    memory: list[Layers]  # what the update rule remembers
+    total: int  # updates in all
+    per_epoch: int  # updates per epoch
+    update: int = 0  # updates done
+    running: tuple[float, float, int] = (0.0, 0.0, 0)  # summed loss, summed accuracy, batches since evaluated
+    best_loss: float = math.inf
+    stale: int = 0  # evaluations since best_loss
+    seconds: float = 0.0
+    diverged: str | None = None
+    finished: bool = False
+
+    @property
+    def weights(self) -> Layers:
+        (w, b), *rest = self.layers
+        return [(w * np.float32(self.scale), b), *rest]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    config: TrainConfig
+    history: list[Evaluation]
+    weights: Layers  # [(W [d_in, d_out], b [d_out]), ...]
+    test: dict[str, float] | None  # loss, accuracy
+    confusion: Array | None  # [C, C], rows are the true classes
+    seconds: float
+    diverged: str | None  # the reason, if training stopped at a cost that is not finite
+
+
+def start(config: TrainConfig, data: Dataset, seed: Sequence[int], order: Sequence[int] = (0,)) -> State:
+    """A trial before its first update; `seed` decides weights and dropout, `order` the order of the data."""
+    examples, inputs = data.train.x.shape
+    if config.batch_size > examples:
+        raise ValueError(
+            f"batch_size: expected at most the {examples} training examples, got {config.batch_size}"
+        )
+    rng = np.random.default_rng(list(seed))
+    layers = initial_layers(config, inputs, len(data.classes), rng)
+    per_epoch = math.ceil(examples / config.batch_size)
+    return State(
+        config=config,
+        order=tuple(order),
+        rng=rng,
+        layers=layers,
+        scale=1.0,
+        memory=[
+            [(np.zeros_like(w), np.zeros_like(b)) for w, b in layers]
+            for _ in range(optim.UPDATE_RULES[config.update_rule].remembers)
+        ],
+        total=config.updates or (config.epochs or 0) * per_epoch,
+        per_epoch=per_epoch,
+    )
+
+
+def may_share(state: State) -> tuple[Any, ...]:
+    """Trials with equal keys read the same batches, and so can be advanced as one group."""
+    return state.config.batch_size, state.order, state.update
+
+
+def advance(
+    states: Sequence[State], data: Dataset, epochs: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[State], list[Progress]]:
+    """Train a group of trials for up to `epochs` epochs; the given states stay as they are."""
+    if len({may_share(s) for s in states}) != 1:
+        raise ValueError("advance: expected trials of equal batch size, order and update count")
+    states = [replace(s, rng=copy.deepcopy(s.rng)) for s in states]
+    progress = [Progress() for _ in states]
+    members = sorted(
+        ((s, p) for s, p in zip(states, progress, strict=True) if not s.finished),
+        key=lambda m: shape_key(m[0].config),
+    )
+    goal = states[0].update + epochs * states[0].per_epoch
+    with np.errstate(all="ignore"):  # a cost that is not finite is a result, not a warning
+        while members and members[0][0].update < goal:
+            members = _advance_until_one_leaves(members, data, goal, clock)
+    return states, progress
+
+
+def _advance_until_one_leaves(
+    members: list[tuple[State, Progress]], data: Dataset, goal: int, clock: Callable[[], float]
+) -> list[tuple[State, Progress]]:
+    states = [s for s, _ in members]
+    costs = [s.config.cost(data.train.x.shape[1], len(data.classes)) for s in states]
+    population = _pack(states, data)
+    for state, progress in members:
+        if state.update == 0:
+            progress.snapshots.append(_snapshot(population, states.index(state), state))
+    while states[0].update < goal and not any(s.finished for s in states):
+        began = clock()
+        _train(population, states, data, min(goal, *(_next_stop(s) for s in states)))
+        due = [s.diverged is None and (_next_evaluation(s, s.update - 1) == s.update) for s in states]
+        evaluations = _evaluations(population, states, data, any(due))
+        for state, cost in zip(states, costs, strict=True):
+            state.seconds += (clock() - began) * cost / sum(costs)
+        for k, (state, progress) in enumerate(members):
+            if due[k]:
+                _record(state, progress, evaluations[k])
+                half = state.total / 2
+                if state.finished or state.update - state.per_epoch < half <= state.update:
+                    progress.snapshots.append(_snapshot(population, k, state))
+    for k, state in enumerate(states):
+        state.layers, state.scale, state.memory = save_member(population, k, len(state.memory))
+    leavers = [k for k, s in enumerate(states) if s.finished and s.diverged is None]
+    if leavers and data.test is not None:
+        loss, accuracy, confusion = evaluate(population, data, data.test)
+        for k in leavers:
+            members[k][1].test = {"loss": float(loss[k]), "accuracy": float(accuracy[k])}
+            members[k][1].confusion = confusion[k]
+    return [m for m in members if not m[0].finished]
+
+
+def _pack(states: Sequence[State], data: Dataset) -> Population:
+    inputs = data.train.x.shape[1]
+    population = populate(
+        [s.config for s in states],
+        inputs,
+        len(data.classes),
+        least_columns=LEAST_PRODUCTS // (inputs * states[0].config.batch_size) + 1,
+        memory=max(len(s.memory) for s in states),
+    )
+    for k, state in enumerate(states):
+        load_member(population, k, state.layers, state.scale, state.memory)
+    return population
+
+
+def _train(population: Population, states: Sequence[State], data: Dataset, until: int) -> None:
+    """Update all members up to `until`, or to the update at which the loss of one is not finite."""
+    first, order = states[0], states[0].order
+    updates = np.arange(first.update, until)
+    etas = np.array(
+        [optim.SCHEDULES[s.config.schedule](s.config, updates, s.per_epoch, s.total) for s in states]
+    )
+    fixed = optim.fixed_rates([s.config for s in states])
+    loss_sum, accuracy_sum = np.zeros(len(states)), np.zeros(len(states))
+    for t, (x, y, n) in zip(
+        updates, batches(data, order, first.config.batch_size, first.update, until), strict=True
+    ):
+        activity = forward(population, x, _dropout_masks(population, states, len(x)))
+        loss, correct, gradient = softmax_loss(activity.logits, y)
+        gradient[:, n:] = 0  # rows that only fill up the last batch of an epoch
+        gradient /= n
+        g, inner = backward(population, activity, gradient)
+        optim.update(population, x, g, inner, optim.rates(fixed, etas[:, t - first.update], int(t)))
+        mean_loss = loss[:, :n].mean(axis=1)  # [K]
+        loss_sum += mean_loss
+        accuracy_sum += correct[:, :n].mean(axis=1)
+        if not np.isfinite(mean_loss).all():
+            break
+    done = int(t) + 1 - first.update
+    for k, state in enumerate(states):
+        state.update += done
+        a, b, c = state.running
+        state.running = (a + float(loss_sum[k]), b + float(accuracy_sum[k]), c + done)
+        if not math.isfinite(mean_loss[k]):
+            state.finished, state.diverged = (
+                True,
+                f"diverged: the loss was {mean_loss[k]} at update {state.update}",
+            )
+
+
+def batches(
+    data: Dataset, order: Sequence[int], batch_size: int, start: int, stop: int
+) -> Iterator[tuple[Array, Array, int]]:
+    """The batches of updates start to stop: (x [B, D] float32, reused; y [B]; how many of the B rows count)."""
+    split, examples = data.train, len(data.train.y)
+    per_epoch = math.ceil(examples / batch_size)
+    permutation, permuted_epoch = np.empty(0, np.int64), -1
+    x = np.empty((batch_size, split.x.shape[1]), np.float32)
+    for t in range(start, stop):
+        epoch, i = divmod(t, per_epoch)
+        if epoch != permuted_epoch:
+            permutation = np.random.default_rng([*order, epoch]).permutation(examples)
+            permuted_epoch = epoch
+        rows = permutation[i * batch_size : (i + 1) * batch_size]
+        n = len(rows)
+        rows = np.resize(rows, batch_size)
+        normalise(np.take(split.x, rows, axis=0), data, out=x)
+        yield x, split.y[rows], n
+
+
+def normalise(images: Array, data: Dataset, out: Array) -> None:
+    """(x - mean) * scale of images [B, D] into float32 `out` [B, D]."""
+    np.copyto(out, images)  # converting first is faster than subtracting from bytes
+    out -= data.mean
+    out *= data.scale
+
+
+def _dropout_masks(population: Population, states: Sequence[State], rows: int) -> list[list[Array]]:
+    """Inverted dropout (Srivastava et al. 2014): 0 for a dropped unit, else 1 / (1 - probability)."""
+    masks: list[list[Array]] = []
+    for stack in population.stacks:
+        own: list[Array] = []
+        if stack.dropout:
+            for w in stack.inner[::2]:
+                mask = np.empty((stack.n, rows, w.shape[1]), np.float32)
+                for i, state in enumerate(states[stack.members]):
+                    dropped = round(state.config.dropout * 256)
+                    draws = np.frombuffer(state.rng.bytes(mask[i].size), np.uint8).reshape(mask[i].shape)
+                    np.multiply(draws >= dropped, np.float32(256 / (256 - dropped)), out=mask[i])
+                own.append(mask)
+        masks.append(own)
+    return masks
+
+
+def evaluate(population: Population, data: Dataset, split: Split) -> tuple[Array, Array, Array]:
+    """Loss [K], accuracy [K] and confusion counts [K, C, C] of all members on a split."""
+    k, c, examples = population.size, population.classes, len(split.y)
+    loss_sum, confusion = np.zeros(k), np.zeros((k, c * c), np.int64)
+    x = np.empty((EVALUATION_ROWS, split.x.shape[1]), np.float32)
+    for begin in range(0, examples, EVALUATION_ROWS):
+        n = min(EVALUATION_ROWS, examples - begin)
+        rows = np.resize(np.arange(begin, begin + n), EVALUATION_ROWS)
+        normalise(split.x[rows], data, out=x)
+        logits, y = forward(population, x).logits, split.y[rows]  # [K, B, C], [B]
+        loss, _, _ = softmax_loss(logits, y)
+        loss_sum += loss[:, :n].sum(axis=1, dtype=np.float64)
+        cells = y[:n] * c + logits[:, :n].argmax(axis=2)
+        for i in range(k):
+            confusion[i] += np.bincount(cells[i], minlength=c * c)
+    confusion = confusion.reshape(k, c, c)
+    return loss_sum / examples, confusion.trace(axis1=1, axis2=2) / examples, confusion
+
+
+def penalties(population: Population, states: Sequence[State]) -> Array:
+    """l2_scale * lambda * sum of squared weights of each member [K]."""
+    squares = np.zeros(population.size)
+    for k in range(population.size):
+        columns = population.columns(k)
+        v = population.v[:, columns]
+        squares[k] = np.einsum("ij,ij->", v, v, dtype=np.float64) * population.scale[columns.start] ** 2
+    for stack in population.stacks:
+        for w in stack.inner[::2]:
+            squares[stack.members] += np.einsum("nij,nij->n", w, w, dtype=np.float64)
+    return squares * np.array([s.config.l2_scale * s.config.lam for s in states])
+
+
+def _evaluations(
+    population: Population, states: Sequence[State], data: Dataset, due: bool
+) -> list[dict[str, float]]:
+    if not due:
+        return []
+    loss, accuracy, _ = evaluate(population, data, data.validation)
+    penalty = penalties(population, states)
+    if any(s.config.curves == "full" for s in states):
+        full_loss, full_accuracy, _ = evaluate(population, data, data.train)
+    metrics = []
+    for k, state in enumerate(states):
+        if state.config.curves == "full":
+            train_loss, train_accuracy = float(full_loss[k]), float(full_accuracy[k])
+        else:
+            train_loss, train_accuracy = (part / max(1, state.running[2]) for part in state.running[:2])
+        metrics.append(
+            {
+                "cost/train": train_loss + float(penalty[k]),
+                "loss/train": train_loss,
+                "accuracy/train": train_accuracy,
+                "cost/val": float(loss[k] + penalty[k]),
+                "loss/val": float(loss[k]),
+                "accuracy/val": float(accuracy[k]),
+                "eta": float(_eta(state, state.update - 1)),
+            }
+        )
+    return metrics
+
+
+def _record(state: State, progress: Progress, metrics: dict[str, float]) -> None:
+    """Add a point to the curves, and decide whether the trial is over."""
+    config = state.config
+    epoch = state.update / state.per_epoch
+    step = state.update if config.eval_every else math.ceil(epoch)
+    progress.evaluations.append(Evaluation(step, state.update, epoch, state.seconds, metrics))
+    state.running = (0.0, 0.0, 0)
+    if not all(math.isfinite(v) for v in metrics.values()):
+        state.finished, state.diverged = True, f"diverged: the cost was not finite at update {state.update}"
+    if metrics["loss/val"] < state.best_loss:
+        state.best_loss, state.stale = metrics["loss/val"], 0
+    else:
+        state.stale += 1
+    if state.update >= state.total or (config.patience is not None and state.stale >= config.patience):
+        state.finished = True
+
+
+def _eta(state: State, t: int) -> float:
+    c = state.config
+    return float(optim.SCHEDULES[c.schedule](c, np.array([t]), state.per_epoch, state.total)[0])
+
+
+def _next_evaluation(state: State, update: int) -> int:
+    """The first update count after `update` at which this trial is evaluated."""
+    every = state.config.eval_every or state.per_epoch
+    return min((update // every + 1) * every, state.total)
+
+
+def _next_stop(state: State) -> int:
+    return _next_evaluation(state, state.update)
+
+
+def _snapshot(population: Population, k: int, state: State) -> Snapshot:
+    columns = population.columns(k)
+    stop = min(columns.stop, columns.start + SNAPSHOT_UNITS)
+    scale = population.v.dtype.type(population.scale[columns.start])
+    step = state.update if state.config.eval_every else math.ceil(state.update / state.per_epoch)
+    return Snapshot(step, population.v[:, columns.start : stop] * scale)
+
+
+def fit(configs: Sequence[TrainConfig], data: Dataset, seed: int = 0, order: int = 0) -> list[FitResult]:
+    """Train each config to its end. Config i starts from seed (seed, i); all see the data in one order."""
+    states = [start(c, data, (seed, i), (order,)) for i, c in enumerate(configs)]
+    history: list[Progress] = [Progress() for _ in states]
+    while unfinished := [i for i, s in enumerate(states) if not s.finished]:
+        share = may_share(states[unfinished[0]])
+        group = [i for i in unfinished if may_share(states[i]) == share]
+        for i, state, part in zip(group, *advance([states[i] for i in group], data, 1), strict=True):
+            states[i] = state
+            history[i].evaluations += part.evaluations
+            history[i].test, history[i].confusion = part.test, part.confusion
+    return [
+        FitResult(s.config, p.evaluations, s.weights, p.test, p.confusion, s.seconds, s.diverged)
+        for s, p in zip(states, history, strict=True)
+    ]
