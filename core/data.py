@@ -238,7 +238,7 @@ def read_npz(path: Path) -> Source:
     arrays: dict[str, NDArray[Any]] = {}
     splits: dict[str, Split] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays |= {key: archive[key] for key in archive.files}
         for part in ("train", "val", "test") if "x_train" in arrays else ("",):
             keys = [f"{axis}_{part}".rstrip("_") for axis in "xy"]
@@ -248,7 +248,7 @@ def read_npz(path: Path) -> Source:
         wanted = "x_train, y_train[, x_val, y_val][, x_test, y_test] or x, y"
         raise ValueError(f"{path}: no array {missing} among {sorted(arrays)}; expected {wanted}") from None
     except Exception as error:  # a damaged file raises anything, from zlib.error to struct.error
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
     kinds = {f"{split.x.shape[1]} x {split.x.dtype}" for split in splits.values()}
     if len(kinds) > 1:
         raise ValueError(f"{path}: expected images of one width and type, got {', '.join(sorted(kinds))}")
@@ -296,11 +296,11 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def read_batch(path: Path) -> bytes:
-    """The bytes of a file that could be a batch by its size (30,730,000 bytes; more in the python version)."""
+    """The bytes of a file that could be a batch by its size: 30,730,000 bytes; more in the python version."""
     if not path.is_file():
         raise ValueError(f"{path}: missing; expected {', '.join(BATCHES)}, or the same with .bin")
-    if not 30_730_000 <= path.stat().st_size <= 33_000_000:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; expected 30,730,000 to 33,000,000: truncated?")
+    if not 30_730_000 <= path.stat().st_size <= 60_000_000:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; expected 30,730,000 to 60,000,000: truncated?")
     return path.read_bytes()
 
 
@@ -379,14 +379,24 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: a flipped bit makes t
 # One copy per machine -----------------------------------------------------------------------------------------
 
 
-def store(source: Source, folder: Path, rows: NDArray[np.intp] | None = None) -> None:
-    """Write a source (or these rows of it, in this order) to a folder. Two processes may do so at once."""
+def store(source: Source, folder: Path) -> None:
+    """Write a source to a folder, as x.npy and y.npy; two processes may do so at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    x, y = (source.x, source.y) if rows is None else (source.x[rows], source.y[rows])
-    meta = {"name": source.name, "classes": source.classes, "image_shape": source.image_shape}
-    write_atomically(folder / "x.npy", lambda file: np.save(file, x))
-    write_atomically(folder / "y.npy", lambda file: np.save(file, y))
-    write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(meta).encode()))
+    kept = {key: getattr(source, key) for key in ("name", "classes", "image_shape", "parts")}
+    write_atomically(folder / "x.npy", lambda file: np.save(file, source.x))
+    write_atomically(folder / "y.npy", lambda file: np.save(file, source.y))
+    write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(kept).encode()))
+
+
+def load_stored(folder: Path) -> Source:
+    """A stored source, its arrays memory-mapped. Raises OSError or ValueError when there is no whole copy."""
+    meta = json.loads((folder / "meta.json").read_bytes())
+    x, y = (np.asarray(np.load(folder / f"{axis}.npy", mmap_mode="r")) for axis in "xy")
+    if x.shape[:1] != y.shape:
+        raise ValueError(f"{folder}: damaged: {x.shape} images and {y.shape} labels; delete it")
+    parts = {part: (start, stop) for part, (start, stop) in meta["parts"].items()}
+    shape = None if meta["image_shape"] is None else tuple(meta["image_shape"])
+    return Source(meta["name"], x, y, tuple(meta["classes"]), shape, parts)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -410,10 +420,9 @@ def open_stored(
 
     Raises OSError or ValueError when the folder holds no whole copy.
     """
-    meta = json.loads((folder / "meta.json").read_bytes())
-    x, y = (np.asarray(np.load(folder / f"{axis}.npy", mmap_mode="r")) for axis in "xy")
+    source = load_stored(folder)
     ranges = [rows for rows in (train, validation, test) if rows is not None]
-    splits = [Split(x[start:stop], y[start:stop]) for start, stop in ranges]
+    splits = [Split(source.x[start:stop], source.y[start:stop]) for start, stop in ranges]
     known = folder / f"split-{'_'.join(f'{start}-{stop}' for start, stop in ranges)}.npz"
     if not known.exists():
         moments, content = statistics(splits[0].x), content_digest(*splits)
@@ -421,12 +430,12 @@ def open_stored(
     with np.load(known, allow_pickle=False) as archive:
         moments, digest = archive["moments"], str(archive["digest"])
     return Dataset(
-        meta["name"],
+        source.name,
         splits[0],
         splits[1],
         splits[2] if test is not None else None,
-        tuple(meta["classes"]),
-        None if meta["image_shape"] is None else tuple(meta["image_shape"]),
+        source.classes,
+        source.image_shape,
         *_normalisation(normalise, *moments),
         digest,
         reference=(str(folder), train, validation, test, normalise, digest),

@@ -134,8 +134,8 @@ class Population:
         return len(self.widths)
 
     def columns(self, k: int) -> slice:
-        stop = int(self.widths[: k + 1].sum())
-        return slice(stop - int(self.widths[k]), stop)
+        start = int(self.widths[:k].sum())
+        return slice(start, start + int(self.widths[k]))
 
 
 def populate(
@@ -270,15 +270,11 @@ def backward(population: Population, activity: Activity, gradient: Array) -> tup
     return wide, inner_gradients
 
 
-def load_member(
-    population: Population, k: int, layers: Layers, scale: float, memory: Sequence[Layers]
-) -> None:
+def load_member(population: Population, k: int, layers: Layers, scale: float, memory: Sequence[Layers]) -> None:
     """Write one network, and what its update rule remembers, into row k of the population."""
     columns, stack, i = population.columns(k), *_place(population, k)
     population.scale[columns] = scale
-    targets = [(population.v, population.bias, stack.inner)]
-    targets += [(*first, inner) for first, inner in zip(population.memory, stack.memory, strict=True)]
-    for (v, bias, inner), (first, *rest) in zip(targets, (layers, *memory), strict=False):
+    for (v, bias, inner), (first, *rest) in zip(_arrays(population, stack), (layers, *memory), strict=False):
         v[:, columns], bias[columns] = first
         for layer, (w, b) in enumerate(rest):
             inner[2 * layer][i], inner[2 * layer + 1][i] = w, b
@@ -287,16 +283,19 @@ def load_member(
 def save_member(population: Population, k: int, memory: int) -> tuple[Layers, float, list[Layers]]:
     """The inverse of load_member: copies of (layers, scale, `memory` remembered arrays) of member k."""
     columns, stack, i = population.columns(k), *_place(population, k)
-
-    def copies(v: Array, bias: Array, inner: list[Array]) -> Layers:
-        first = (v[:, columns].copy(), bias[columns].copy())
-        return [first, *((w[i].copy(), b[i, 0].copy()) for w, b in zip(inner[::2], inner[1::2], strict=True))]
-
-    layers = copies(population.v, population.bias, stack.inner)
-    kept = [copies(*first, inner) for first, inner in zip(population.memory, stack.memory, strict=True)]
-    return layers, float(population.scale[columns.start]), kept[:memory]
+    copies: list[Layers] = []
+    for v, bias, inner in _arrays(population, stack)[: 1 + memory]:
+        rest = zip(inner[::2], inner[1::2], strict=True)
+        copies.append([(v[:, columns].copy(), bias[columns].copy()), *((w[i].copy(), b[i, 0].copy()) for w, b in rest)])
+    return copies[0], float(population.scale[columns.start]), copies[1:]
 
 
 def _place(population: Population, k: int) -> tuple[Stack, int]:
     stack = next(s for s in population.stacks if k < s.members.stop)
     return stack, k - stack.members.start
+
+
+def _arrays(p: Population, stack: Stack) -> list[tuple[Array, Array, list[Array]]]:
+    """(V, bias, inner), of the parameters first and then of each thing remembered."""
+    kept = zip(p.memory, stack.memory, strict=True)
+    return [(p.v, p.bias, stack.inner), *((v, bias, inner) for (v, bias), inner in kept)]

@@ -120,9 +120,7 @@ def cyclical(c: TrainConfig, t: Array, per_epoch: int, total: int) -> Array:
     return c.eta_min + (c.eta - c.eta_min) * (1 - np.abs(t % (2 * c.n_s) / c.n_s - 1))
 
 
-def cosine(
-    c: TrainConfig, t: Array, per_epoch: int, total: int
-) -> Array:  # Loshchilov and Hutter 2017, no restart
+def cosine(c: TrainConfig, t: Array, per_epoch: int, total: int) -> Array:  # Loshchilov and Hutter 2017, no restart
     return c.eta_min + (c.eta - c.eta_min) * (1 + np.cos(np.pi * t / total)) / 2
 
 
@@ -138,9 +136,7 @@ CHUNK = 128 * 1024  # elements of a gradient of V handled at once: they stay in 
 LEAST_SCALE = 1e-2  # V is multiplied out before the lazy scale gets smaller than this
 
 
-def update(
-    p: Population, x: Array, g: Array, inner_gradients: Sequence[Sequence[Array]], rates: Array
-) -> None:
+def update(p: Population, x: Array, g: Array, inner_gradients: Sequence[Sequence[Array]], rates: Array) -> None:
     """One update of all members.
 
     x [B, D]; g [B, S] and `inner_gradients` as `backward` returns them; rates [9, K].

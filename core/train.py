@@ -68,9 +68,7 @@ class TrainConfig:
     epochs: int | None = 10
     updates: int | None = None  # instead of epochs
     patience: int | None = None  # stop after so many evaluations without a lower validation loss
-    curves: Literal["running", "full"] = (
-        "running"  # training curve: mean over the batches, or the whole split
-    )
+    curves: Literal["running", "full"] = "running"  # training curve: mean over the batches, or the whole split
     eval_every: int | None = None  # updates between evaluations; None: once per epoch
 
     def __post_init__(self) -> None:
@@ -80,9 +78,7 @@ class TrainConfig:
             if not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
         if (self.epochs is None) == (self.updates is None):
-            raise ValueError(
-                f"epochs: expected either epochs or updates, got {self.epochs} and {self.updates}"
-            )
+            raise ValueError(f"epochs: expected either epochs or updates, got {self.epochs} and {self.updates}")
         if self.eta_min > self.eta:
             raise ValueError(f"eta_min: expected at most eta = {self.eta}, got {self.eta_min}")
         if self.nesterov and not self.momentum:
@@ -235,9 +231,7 @@ def start(config: TrainConfig, data: Dataset, seed: Sequence[int], order: Sequen
     """A trial before its first update; `seed` decides weights and dropout, `order` the order of the data."""
     examples, inputs = data.train.x.shape
     if config.batch_size > examples:
-        raise ValueError(
-            f"batch_size: expected at most the {examples} training examples, got {config.batch_size}"
-        )
+        raise ValueError(f"batch_size: expected at most the {examples} training examples, got {config.batch_size}")
     rng = np.random.default_rng(list(seed))
     layers = initial_layers(config, inputs, len(data.classes), rng)
     per_epoch = math.ceil(examples / config.batch_size)
@@ -331,23 +325,15 @@ def _train(population: Population, states: Sequence[State], data: Dataset, until
     """Update all members up to `until`, or to the update at which the loss of one is not finite."""
     first, order = states[0], states[0].order
     updates = np.arange(first.update, until)
-    etas = np.array(
-        [optim.SCHEDULES[s.config.schedule](s.config, updates, s.per_epoch, s.total) for s in states]
-    )
+    etas = np.array([optim.SCHEDULES[s.config.schedule](s.config, updates, s.per_epoch, s.total) for s in states])
     fixed = optim.fixed_rates([s.config for s in states])
     loss_sum, accuracy_sum = np.zeros(len(states)), np.zeros(len(states))
-    for t, (x, y, n) in zip(
-        updates, batches(data, order, first.config.batch_size, first.update, until), strict=True
-    ):
-        activity = forward(population, x, _dropout_masks(population, states, len(x)))
-        loss, correct, gradient = softmax_loss(activity.logits, y)
-        gradient[:, n:] = 0  # rows that only fill up the last batch of an epoch
-        gradient /= n
-        g, inner = backward(population, activity, gradient)
-        optim.update(population, x, g, inner, optim.rates(fixed, etas[:, t - first.update], int(t)))
-        mean_loss = loss[:, :n].mean(axis=1)  # [K]
+    for t, (x, y, n) in zip(updates, batches(data, order, first.config.batch_size, first.update, until), strict=True):
+        rates = optim.rates(fixed, etas[:, t - first.update], int(t))
+        loss, correct = step(population, x, y, n, rates, _dropout_masks(population, states, len(x)))
+        mean_loss = loss.mean(axis=1)  # [K]
         loss_sum += mean_loss
-        accuracy_sum += correct[:, :n].mean(axis=1)
+        accuracy_sum += correct.mean(axis=1)
         if not np.isfinite(mean_loss).all():
             break
     done = int(t) + 1 - first.update
@@ -360,6 +346,22 @@ def _train(population: Population, states: Sequence[State], data: Dataset, until
                 True,
                 f"diverged: the loss was {mean_loss[k]} at update {state.update}",
             )
+
+
+def step(
+    population: Population, x: Array, y: Array, n: int, rates: Array, masks: Sequence[Sequence[Array]] = ()
+) -> tuple[Array, Array]:
+    """One update of all members by a batch x [B, D], y [B] of which n rows count; rates [9, K].
+
+    Returns loss and correctness [K, n] of the members as they were before it.
+    """
+    activity = forward(population, x, masks)
+    loss, correct, gradient = softmax_loss(activity.logits, y)
+    gradient[:, n:] = 0  # rows that only fill up the last batch of an epoch
+    gradient /= n
+    g, inner = backward(population, activity, gradient)
+    optim.update(population, x, g, inner, rates)
+    return loss[:, :n], correct[:, :n]
 
 
 def batches(
@@ -409,7 +411,7 @@ def _dropout_masks(population: Population, states: Sequence[State], rows: int) -
 def evaluate(population: Population, data: Dataset, split: Split) -> tuple[Array, Array, Array]:
     """Loss [K], accuracy [K] and confusion counts [K, C, C] of all members on a split."""
     k, c, examples = population.size, population.classes, len(split.y)
-    loss_sum, confusion = np.zeros(k), np.zeros((k, c * c), np.int64)
+    loss_sum, confusion = np.zeros(k), np.zeros((k, c, c), np.int64)
     x = np.empty((EVALUATION_ROWS, split.x.shape[1]), np.float32)
     for begin in range(0, examples, EVALUATION_ROWS):
         n = min(EVALUATION_ROWS, examples - begin)
@@ -420,12 +422,11 @@ def evaluate(population: Population, data: Dataset, split: Split) -> tuple[Array
         loss_sum += loss[:, :n].sum(axis=1, dtype=np.float64)
         cells = y[:n] * c + logits[:, :n].argmax(axis=2)
         for i in range(k):
-            confusion[i] += np.bincount(cells[i], minlength=c * c)
-    confusion = confusion.reshape(k, c, c)
+            confusion[i] += np.bincount(cells[i], minlength=c * c).reshape(c, c)
     return loss_sum / examples, confusion.trace(axis1=1, axis2=2) / examples, confusion
 
 
-def penalties(population: Population, states: Sequence[State]) -> Array:
+def penalties(population: Population, configs: Sequence[TrainConfig]) -> Array:
     """l2_scale * lambda * sum of squared weights of each member [K]."""
     squares = np.zeros(population.size)
     for k in range(population.size):
@@ -435,16 +436,15 @@ def penalties(population: Population, states: Sequence[State]) -> Array:
     for stack in population.stacks:
         for w in stack.inner[::2]:
             squares[stack.members] += np.einsum("nij,nij->n", w, w, dtype=np.float64)
-    return squares * np.array([s.config.l2_scale * s.config.lam for s in states])
+    squares *= [c.l2_scale * c.lam for c in configs]
+    return squares
 
 
-def _evaluations(
-    population: Population, states: Sequence[State], data: Dataset, due: bool
-) -> list[dict[str, float]]:
+def _evaluations(population: Population, states: Sequence[State], data: Dataset, due: bool) -> list[dict[str, float]]:
     if not due:
         return []
     loss, accuracy, _ = evaluate(population, data, data.validation)
-    penalty = penalties(population, states)
+    penalty = penalties(population, [s.config for s in states])
     if any(s.config.curves == "full" for s in states):
         full_loss, full_accuracy, _ = evaluate(population, data, data.train)
     metrics = []

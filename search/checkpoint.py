@@ -1,0 +1,68 @@
+"""A trial between two slices as a file: plain arrays and a JSON header, nothing that runs when it is read."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.data import write_atomically
+from core.network import Array, Layers
+from core.train import Evaluation, Progress, State, TrainConfig
+
+ARRAYS = ("config", "rng", "layers", "memory")  # the fields of State that JSON does not hold as they are
+
+
+def save(path: Path, state: State, progress: Progress) -> None:
+    """Write the state and what the trial brought forth so far, but for snapshots; all of it or nothing."""
+    plain = {name: value for name, value in vars(state).items() if name not in ARRAYS}
+    header = {
+        "config": state.config.to_params(),
+        "rng": state.rng.bit_generator.state,
+        "remembers": len(state.memory),
+        "state": plain,
+        "evaluations": [asdict(evaluation) for evaluation in progress.evaluations],
+        "test": progress.test,
+        "confusion": None if progress.confusion is None else progress.confusion.tolist(),
+    }
+    arrays = {"header": np.array(json.dumps(header))}
+    for i, layers in enumerate([state.layers, *state.memory]):
+        for j, (w, b) in enumerate(layers):
+            arrays |= {f"{i}.{j}.w": w, f"{i}.{j}.b": b}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+def load(path: Path) -> tuple[State, Progress]:
+    """What `save` wrote. Raises OSError or ValueError if it is not there or not whole."""
+    with np.load(path, allow_pickle=False) as archive:
+        header: dict[str, Any] = json.loads(str(archive["header"]))
+        config = TrainConfig.from_params(header["config"])
+        depth = len(config.hidden_sizes) + 1
+
+        def layers(i: int) -> Layers:
+            read: list[tuple[Array, Array]] = [(archive[f"{i}.{j}.w"], archive[f"{i}.{j}.b"]) for j in range(depth)]
+            return read
+
+        rng = np.random.default_rng()
+        rng.bit_generator.state = header["rng"]
+        state = State(
+            config=config,
+            rng=rng,
+            layers=layers(0),
+            memory=[layers(1 + i) for i in range(header["remembers"])],
+            **header["state"],
+        )
+    loss, accuracy, batches = state.running
+    state = replace(state, order=tuple(state.order), running=(loss, accuracy, batches))
+    evaluations = [Evaluation(**evaluation) for evaluation in header["evaluations"]]
+    confusion = None if header["confusion"] is None else np.array(header["confusion"])
+    return state, Progress(evaluations, [], header["test"], confusion)
+
+
+def remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not os.listdir(path.parent):
+        path.parent.rmdir()

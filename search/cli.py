@@ -1,0 +1,281 @@
+"""The command line: a thin shell that parses, calls one function, shows what came back, and sets the exit code.
+
+Exit codes: 0 done, 1 the study failed, 2 wrong input, 130 interrupted. Everything heavy is imported where it is used.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from search.errors import SieveError, StudyFileError
+from search.settings import Settings
+
+if TYPE_CHECKING:
+    from search.run import Outcome, Runner
+
+app = typer.Typer(
+    name="sieve",
+    help="Coarse-to-fine hyper-parameter search for NumPy multi-layer perceptrons, every trial tracked in MLflow.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="The datasets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+File = Annotated[Path, typer.Argument(help="A study file (YAML).", show_default=False)]
+Study = Annotated[str, typer.Argument(help="A study's name.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Set = Annotated[list[str], typer.Option("--set", help="Override the file: search.trials=8. May be repeated.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.  [default: one per core]")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Our errors as text on stderr and an exit code; any other is a bug, and keeps its traceback."""
+    try:
+        yield
+    except SieveError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _show_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+# ---- study files and studies
+
+
+@app.command()
+def validate(files: Annotated[list[Path], typer.Argument(help="Study files.", show_default=False)]) -> None:
+    """Check study files; one line for each mistake, and exit code 2."""
+    from search import study
+
+    mistakes = []
+    for file in files:
+        try:
+            spec = study.load(file)
+            typer.echo(f"{file}: study '{spec.name}' is fine")
+        except StudyFileError as error:
+            mistakes += error.mistakes
+    for mistake in mistakes:
+        typer.echo(mistake, err=True)
+    if mistakes:
+        raise typer.Exit(2)
+
+
+@app.command()
+def launch(
+    file: File,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long; write nothing.")] = False,
+    set_: Set = [],  # noqa: B006
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study to its end, or take it up where it was left."""
+    with _errors():
+        from search import run, study
+
+        spec, settings = study.load(file, set_), Settings.from_environment()
+        if dry_run:
+            _show_plan(run.dry_run(spec, settings, workers=workers), as_json)
+            return
+        _run(spec.name, settings, as_json, lambda **shown: run.launch(spec, settings, workers=workers, **shown))
+
+
+@app.command()
+def retry(study: Study, workers: Workers = None, as_json: Json = False) -> None:
+    """Run the failed slots of a study again, then go on with the study."""
+    with _errors():
+        from search import run
+
+        settings = Settings.from_environment()
+        spec = run.stored(study, settings).spec
+        _run(
+            study,
+            settings,
+            as_json,
+            lambda **shown: run.launch(spec, settings, workers=workers, retry_failed=True, **shown),
+        )
+
+
+def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Outcome"]) -> None:
+    """Show a running study; the first Ctrl-C or SIGTERM ends its slices, the second ends it at once."""
+    from search.run import summary
+    from search.show import Display
+
+    def on_start(runner: "Runner") -> None:
+        def on_signal(number: int, _: Any) -> None:
+            if runner.stopping:
+                os._exit(130)
+            runner.stop()
+            display.note("stopping: the running slices are saved first; once more to leave at once")
+
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+
+    with Display(quiet=as_json) as display:
+        outcome = start(show=display.update, started=on_start, warn=display.note)
+    if as_json:
+        _show_json(summary(outcome))
+    else:
+        display.conclude(outcome, settings)
+
+
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    from search.show import show_plan
+
+    _show_json(plan) if as_json else show_plan(plan)
+
+
+@app.command()
+def status(
+    study: Annotated[
+        str | None, typer.Argument(help="A study's name; all of them without.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How studies stand: counts, stage, best, and tracking records not sent yet."""
+    with _errors():
+        from search import run, show
+
+        rows = run.standing(Settings.from_environment(), study)
+        _show_json(rows) if as_json else show.show_standing(rows)
+
+
+@app.command()
+def stop(study: Study) -> None:
+    """Let a running study end its running slices and save them; `sieve launch` goes on from there."""
+    _request(study, "stop")
+
+
+@app.command()
+def cancel(study: Study) -> None:
+    """Stop a running study and give up its running trials; `sieve retry` runs them again."""
+    _request(study, "cancel")
+
+
+def _request(study: str, what: str) -> None:
+    with _errors():
+        from search import run
+
+        typer.echo(run.request(study, what, Settings.from_environment()))
+
+
+@app.command()
+def best(study: Study, as_json: Json = False) -> None:
+    """The chosen configuration, with mean and deviation, and the best trials."""
+    with _errors():
+        from search import run, show
+
+        settings = Settings.from_environment()
+        outcome = run.conclude(run.stored(study, settings))
+        _show_json(run.summary(outcome)) if as_json else show.show_outcome(outcome)
+
+
+@app.command()
+def export(
+    study: Study,
+    weights: Annotated[Path, typer.Option(help="Where to write the .npz.", show_default=False)],
+) -> None:
+    """The chosen configuration's weights, with everything needed to predict, as a plain .npz."""
+    with _errors():
+        from search import run
+
+        typer.echo(run.export(study, weights, Settings.from_environment()))
+
+
+# ---- watching
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's server.")] = 5000,
+    dashboard_port: Annotated[int, typer.Option(help="Port of the Optuna dashboard.")] = 8080,
+) -> None:
+    """MLflow's web UI and the Optuna dashboard on the embedded stores, on loopback, until Ctrl-C."""
+    with _errors():
+        from search import ui as pages
+
+        pages.serve(Settings.from_environment(), mlflow_port, dashboard_port, typer.echo)
+
+
+@app.command()
+def sync(
+    study: Annotated[str | None, typer.Argument(help="Only this study.", show_default=False)] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Send again what was sent, even into an empty MLflow.")] = False,
+    follow: Annotated[int | None, typer.Option(hidden=True, help="Go on while this process lives.")] = None,
+) -> None:
+    """Send to MLflow what has not reached it yet."""
+    with _errors():
+        from search import tracking
+
+        settings = Settings.from_environment()
+        if redo:
+            tracking.redo(settings, study)
+        left = tracking.publish(settings, follow=follow is not None, parent=follow, study=study)
+        if follow is None:
+            typer.echo("everything is sent" if not left else f"{left} records could not be sent; try again later")
+            raise typer.Exit(1 if left else 0)
+
+
+# ---- checks
+
+
+@app.command()
+def gradcheck(as_json: Json = False) -> None:
+    """Analytic gradients against numeric ones, and against PyTorch's where it is installed."""
+    with _errors():
+        from core.gradcheck import check
+        from search.show import show_gradients
+
+        rows = check()
+        _show_json([row._asdict() for row in rows]) if as_json else show_gradients(rows)
+        if not all(row.passed for row in rows):
+            raise typer.Exit(1)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Which datasets are here."""
+    with _errors():
+        from search import datasets, show
+
+        show.show_data(datasets.listing(Settings.from_environment()))
+
+
+@data_app.command("fetch")
+def data_fetch(name: Annotated[str, typer.Argument(help="cifar10")]) -> None:
+    """Download a dataset from its official address and verify it."""
+    with _errors():
+        from search import datasets
+
+        typer.echo(f"{name} is in {datasets.fetch(name, Settings.from_environment())}")
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="digits, cifar10 or npz")],
+    path: Annotated[str | None, typer.Argument(help="npz: the file; cifar10: another folder")] = None,
+) -> None:
+    """Read every file of a dataset again and compare its checksum."""
+    with _errors():
+        from search import datasets, show
+
+        rows = datasets.check(name, Settings.from_environment(), path)
+        show.show_data(rows)
+        if not all(row.ok for row in rows):
+            raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

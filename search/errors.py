@@ -1,0 +1,99 @@
+"""Every error that Sieve raises on purpose: what was given, what was expected, what to do next.
+
+SieveError                     exit 1
+├── StudyFileError             exit 2    mistakes in a study file or in --set, one line each
+├── StudyConflict              exit 2    a study of that name exists with another specification
+├── UnknownStudy               exit 2    no study of that name; lists the near names
+├── StudyBusy                  exit 2    another runner owns the study
+├── DataError                  exit 2    a dataset that is missing, damaged or not what it says it is
+├── SettingsError              exit 2    an environment variable that cannot be meant
+├── StudyFailed                exit 1    the study ended without a result
+└── Interrupted                exit 130  stopped by a signal; `sieve launch` goes on where it stopped
+
+Each is built from plain values (`args` are the constructor's arguments), so it survives being pickled.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class SieveError(Exception):
+    """The root: a command line shows its text without a traceback and leaves with `exit_code`."""
+
+    exit_code = 1
+
+
+class StudyFileError(SieveError):
+    """A study file that cannot be meant; `mistakes` holds one line for each mistake."""
+
+    exit_code = 2
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        super().__init__(list(mistakes))
+        self.mistakes = list(mistakes)
+
+    def __str__(self) -> str:
+        return "\n".join(self.mistakes)
+
+
+class StudyConflict(SieveError):
+    """The study `name` is stored with another specification; `differences` says where, one line each."""
+
+    exit_code = 2
+
+    def __init__(self, name: str, differences: Sequence[str]) -> None:
+        super().__init__(name, list(differences))
+        self.name, self.differences = name, list(differences)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"study '{self.name}' exists with another specification:",
+                *(f"  {line}" for line in self.differences),
+                "give this one another name, or launch the file as it was to resume it",
+            ]
+        )
+
+
+class UnknownStudy(SieveError):
+    """No study is called `name`; `known` are the names that exist."""
+
+    exit_code = 2
+
+    def __init__(self, name: str, known: Sequence[str] = ()) -> None:
+        super().__init__(name, list(known))
+        self.name, self.known = name, list(known)
+
+    def __str__(self) -> str:
+        near = get_close_matches(self.name, self.known, n=3)
+        if near:
+            return f"no study is called {self.name!r}; did you mean {' or '.join(near)}?"
+        return f"no study is called {self.name!r}; `sieve status` lists those that exist"
+
+
+class StudyBusy(SieveError):
+    """Another runner owns the study."""
+
+    exit_code = 2
+
+
+class DataError(SieveError):
+    """A dataset that cannot be used; the text names the file and what was found in it."""
+
+    exit_code = 2
+
+
+class SettingsError(SieveError):
+    """An environment variable that cannot be meant."""
+
+    exit_code = 2
+
+
+class StudyFailed(SieveError):
+    """The study ended without a single usable result."""
+
+
+class Interrupted(SieveError):
+    """Stopped by a signal after the running slices were saved."""
+
+    exit_code = 130

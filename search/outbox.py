@@ -1,0 +1,383 @@
+"""The outbox: everything that is to be published, durable on this machine's disk first.
+
+The runner puts records, a publisher in another process ships them and marks them sent. Sent records stay, so
+that the whole of a study can be published again, even into an empty server. A record carries its own
+timestamps: publishing it twice never makes new ones.
+"""
+
+import io
+import json
+import math
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Point = tuple[int, float, dict[str, float]]  # step, unix seconds, metrics
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS records (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    study TEXT NOT NULL, uid TEXT NOT NULL, kind TEXT NOT NULL, seq INTEGER NOT NULL,
+    time REAL NOT NULL, payload TEXT NOT NULL, blob BLOB,
+    last_step INTEGER,                         -- of trial_progress: the last step it holds
+    state TEXT NOT NULL DEFAULT 'unsent',      -- unsent, sent, refused
+    reason TEXT,                               -- of refused
+    UNIQUE (uid, kind, seq)
+);
+CREATE INDEX IF NOT EXISTS open_records ON records (study, id) WHERE state = 'unsent';
+CREATE TABLE IF NOT EXISTS runs (
+    uid TEXT PRIMARY KEY, study TEXT NOT NULL, experiment_id TEXT NOT NULL, run_id TEXT NOT NULL
+);
+"""
+COLUMNS = "kind, study, uid, seq, time, payload, blob, id"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing to publish; (uid, kind, seq) names it for ever, so putting it again changes nothing."""
+
+    kind: str
+    study: str
+    uid: str
+    seq: int
+    when: float  # unix seconds
+    payload: dict[str, Any]  # JSON; NaN and infinities allowed
+    blob: bytes | None = None
+    id: int = field(default=0, compare=False)  # given by the outbox
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an outbox holds of one study."""
+
+    unsent: int = 0
+    sent: int = 0
+    refused: int = 0
+
+
+class Outbox:
+    """A queue in one SQLite file, shared by the runner (puts) and the publisher (ships, marks)."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        self._use_wal()
+        self._db.execute("PRAGMA synchronous = FULL")
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone():
+            self._db.executescript("BEGIN IMMEDIATE;" + SCHEMA + "COMMIT;")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _use_wal(self) -> None:
+        # When two processes create the file at once, SQLite answers "locked" whatever the timeout.
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def __enter__(self) -> "Outbox":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def put(self, records: Iterable[Record]) -> None:
+        """Store all of them or none, on disk when this returns; those that are already here are ignored.
+
+        A slice that was trained twice (after a crash) may end at another step than before: steps that
+        are already stored for that uid are dropped from the later record.
+        """
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for record in records:
+                payload, last_step = record.payload, None
+                if record.kind == "trial_progress":
+                    query = "SELECT MAX(last_step) FROM records WHERE uid = ?"
+                    (seen,) = self._db.execute(query, (record.uid,)).fetchone()
+                    points = [p for p in payload["points"] if seen is None or p[0] > seen]
+                    payload = payload | {"points": points}
+                    last_step = max((p[0] for p in points), default=None)
+                self._db.execute(
+                    "INSERT OR IGNORE INTO records (study, uid, kind, seq, time, payload, blob, last_step)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (record.study, record.uid, record.kind, record.seq, record.when,
+                     json.dumps(payload, default=_plain), record.blob, last_step),
+                )  # fmt: skip
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def pending(self, limit: int = 64, study: str | None = None) -> list[Record]:
+        """The oldest unsent records, in the order in which they were put."""
+        where, values = _where(study)
+        return self._select(f"state = 'unsent'{where} ORDER BY id LIMIT ?", *values, limit)
+
+    def records(self, uid: str, kind: str | None = None) -> list[Record]:
+        """All records of a uid, sent or not, less those that the server refused."""
+        rows = self._select("uid = ? AND state != 'refused' ORDER BY id", uid)
+        return [row for row in rows if kind in (None, row.kind)]
+
+    def _select(self, condition: str, *values: Any) -> list[Record]:
+        rows = self._db.execute(f"SELECT {COLUMNS} FROM records WHERE {condition}", values)
+        return [
+            Record(kind, study, uid, seq, when, json.loads(payload), blob, number)
+            for kind, study, uid, seq, when, payload, blob, number in rows
+        ]
+
+    def mark_sent(self, ids: Iterable[int]) -> None:
+        self._update("UPDATE records SET state = 'sent', reason = NULL WHERE id = ?", [(i,) for i in ids])
+
+    def refuse(self, ids: Iterable[int], reason: str) -> None:
+        """Set records aside that the server will never take; they stay here, with the reason."""
+        rows = [(reason, i) for i in ids]
+        self._update("UPDATE records SET state = 'refused', reason = ? WHERE id = ?", rows)
+
+    def requeue(self, *, study: str | None = None, uid: str | None = None, refused_only: bool = False) -> int:
+        """Make records unsent again (all, those of a study, of a uid, or only the refused); says how many."""
+        where, values = _where(study, uid)
+        state = "state = 'refused'" if refused_only else "state != 'unsent'"
+        self._db.execute("BEGIN IMMEDIATE")
+        if not refused_only:
+            self._db.execute(f"DELETE FROM runs WHERE 1{where}", values)
+        changed = self._db.execute(
+            f"UPDATE records SET state = 'unsent', reason = NULL WHERE {state}{where}", values
+        ).rowcount
+        self._db.execute("COMMIT")
+        return changed
+
+    def _update(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(statement, rows)
+        self._db.execute("COMMIT")
+
+    def unsent(self, study: str | None = None) -> int:
+        """How many records still wait (refused ones do not: see counts)."""
+        where, values = _where(study)
+        row = self._db.execute(f"SELECT COUNT(*) FROM records WHERE state = 'unsent'{where}", values)
+        return int(row.fetchone()[0])
+
+    def counts(self) -> dict[str, Counts]:
+        """Study -> its numbers of unsent, sent and refused records."""
+        found: dict[str, dict[str, int]] = {}
+        for study, state, n in self._db.execute("SELECT study, state, COUNT(*) FROM records GROUP BY 1, 2"):
+            found.setdefault(study, {})[state] = n
+        return {study: Counts(**states) for study, states in found.items()}
+
+    def refusals(self, study: str | None = None) -> list[tuple[str, str, str]]:
+        """(uid, kind, reason) of every record that the server refused."""
+        where, values = _where(study)
+        return list(
+            self._db.execute(
+                f"SELECT uid, kind, reason FROM records WHERE state = 'refused'{where} ORDER BY id", values
+            )
+        )
+
+    def link(self, study: str, uid: str, experiment_id: str, run_id: str) -> None:
+        """The publisher says which run shows a uid."""
+        self._update("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", [(uid, study, experiment_id, run_id)])
+
+    def links(self, study: str | None = None) -> dict[str, tuple[str, str]]:
+        """uid -> (experiment id, run id) of everything that has a run by now."""
+        where, values = _where(study)
+        rows = self._db.execute(f"SELECT uid, experiment_id, run_id FROM runs WHERE 1{where}", values)
+        return {uid: (experiment_id, run_id) for uid, experiment_id, run_id in rows}
+
+    def delete(self, study: str) -> None:
+        """Forget a study and everything recorded of it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        for table in ("records", "runs"):
+            self._db.execute(f"DELETE FROM {table} WHERE study = ?", (study,))
+        self._db.execute("COMMIT")
+
+
+def _where(study: str | None, uid: str | None = None) -> tuple[str, list[str]]:
+    named = [(column, value) for column, value in (("study", study), ("uid", uid)) if value is not None]
+    return "".join(f" AND {column} = ?" for column, _ in named), [value for _, value in named]
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and arrays as JSON values."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a record holds JSON and NumPy values only, got {type(value).__name__}")
+
+
+def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Arrays as the bytes of an npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def unpack(blob: bytes) -> dict[str, NDArray[Any]]:
+    with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
+        return dict(stored)
+
+
+# ---- builders: what the runner has to say, as records
+
+
+def study_begun(
+    study: str,
+    spec: Mapping[str, Any],
+    tags: Mapping[str, str],
+    when: float,
+    *,
+    dimensions: Mapping[str, str] | None = None,
+    optuna_study_id: int | None = None,
+) -> Record:
+    """The experiment, its description and its saved view.
+
+    dimensions: what is searched, name -> "log" | "linear" | "choice"; log ones get log10_ companions.
+    """
+    payload = {
+        "spec": dict(spec), "tags": dict(tags), "dimensions": dict(dimensions or {}),
+        "optuna_study_id": optuna_study_id,
+    }  # fmt: skip
+    return Record("study_begun", study, study, 0, when, payload)
+
+
+def trial_begun(
+    study: str,
+    uid: str,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    when: float,
+    optuna: Mapping[str, int],
+) -> Record:
+    """A run named by its parameters.
+
+    tags of use: stage, slot, repeat, attempt, dataset, dataset_digest, version.
+
+    optuna: {"study_id": ..., "number": ...}, for the link to the dashboard.
+    """
+    payload = {"name": name, "params": dict(params), "tags": dict(tags), "optuna": dict(optuna)}
+    return Record("trial_begun", study, uid, 0, when, payload)
+
+
+def trial_progress(study: str, uid: str, seq: int, when: float, points: Sequence[Point]) -> Record:
+    """The curve points of one slice; seq = the update count at its end, steps must grow."""
+    return Record("trial_progress", study, uid, seq, when, {"points": [list(point) for point in points]})
+
+
+def trial_weights(
+    study: str,
+    uid: str,
+    seq: int,
+    when: float,
+    step: int,
+    first_layer: NDArray[np.floating[Any]],
+    image_shape: Sequence[int] | None,
+    mean: NDArray[np.floating[Any]] | None = None,
+    scale: NDArray[np.floating[Any]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Record:
+    """The first layer's weights [d, h], for a picture: at most 100 units, half precision.
+
+    mean, scale [d]: the normalisation of the inputs, (x - mean) * scale. Only a scale that differs from
+    input to input is kept: the weights on raw inputs are W * scale, and mean moves nothing but the bias.
+    classes: the names of the h units where this layer is the output layer.
+    """
+    del mean
+    arrays = {"w": _half(first_layer[:, :100])}
+    if scale is not None and np.ptp(scale) > 0:
+        arrays["scale"] = np.asarray(scale, np.float32)
+    payload = {
+        "step": int(step), "units": int(first_layer.shape[1]),
+        "image_shape": None if image_shape is None else [int(n) for n in image_shape],
+        "classes": None if classes is None else list(classes),
+    }  # fmt: skip
+    return Record("trial_weights", study, uid, seq, when, payload, pack(arrays))
+
+
+def trial_ended(
+    study: str,
+    uid: str,
+    when: float,
+    status: str,
+    reason: str | None,
+    results: Mapping[str, float],
+    confusion: NDArray[np.integer[Any]] | None = None,
+    weights: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    best: bool = False,
+    tags: Mapping[str, str] | None = None,
+) -> Record:
+    """How an attempt ended: status FINISHED, FAILED or KILLED, why, and its final figures.
+
+    results: e.g. val_accuracy, best_val_accuracy, test_accuracy; shown as result/NAME.
+    confusion: [c, c] counts, true class by predicted class. weights: [(W [d_in, d_out], b [d_out]), ...].
+    reason: its first line is what tables show; a traceback may follow.
+    best: draw the curves of this trial as a figure too. Raises ValueError for an unknown status.
+    """
+    if status not in ("FINISHED", "FAILED", "KILLED"):
+        raise ValueError(f"status: expected FINISHED, FAILED or KILLED, got {status}")
+    layers: dict[str, NDArray[Any]] = {}
+    for n, (w, b) in enumerate(weights or (), start=1):
+        layers |= {f"W{n}": w, f"b{n}": b}
+    payload = {
+        "status": status, "reason": reason, "results": {k: float(v) for k, v in results.items()},
+        "confusion": None if confusion is None else np.asarray(confusion).tolist(),
+        "classes": None if classes is None else list(classes), "best": best, "tags": dict(tags or {}),
+    }  # fmt: skip
+    return Record("trial_ended", study, uid, 0, when, payload, pack(layers) if layers else None)
+
+
+def study_ended(
+    study: str,
+    when: float,
+    summary: Mapping[str, Any],
+    report: bytes | None = None,
+    *,
+    best: Sequence[str] = (),
+) -> Record:
+    """The study's summary run; its numbers become metrics, the report (HTML) its artifact.
+
+    summary["params"], if there, are the chosen parameters. best: uids of the trials whose curves are
+    drawn as a figure. A study may end more than once (resumed, extended): each end updates the same run.
+    """
+    payload = {"summary": dict(summary), "best": list(best)}
+    return Record("study_ended", study, study, int(when * 1000), when, payload, report)
+
+
+def artifact_id(uid: str) -> str:
+    """Under which the picture of an attempt's first layer is kept for the Optuna dashboard."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, uid))
+
+
+def run_name(params: Mapping[str, Any]) -> str:
+    """Parameters as a run's name: "lambda=0.00123, eta=0.01, hidden_sizes=[50]"."""
+    return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _half(values: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
+    largest = float(np.finfo(np.float16).max)
+    return np.asarray(np.clip(values, -largest, largest), dtype=np.float16)
+
+
+def progress_points(records: Iterable[Record]) -> list[Point]:
+    """The curve points of the trial_progress records among these, in order."""
+    found = (record.payload["points"] for record in records if record.kind == "trial_progress")
+    return [(int(step), float(when), metrics) for points in found for step, when, metrics in points]

@@ -1,0 +1,480 @@
+"""What to try next: a pure function of the study, its seed and the results so far. No Optuna, files or network.
+
+Coarse to fine in the unit cube: a stage's points fill a box, and the next box is narrower, around the mean of
+the stage's best points. `unit_points`, `place` and `narrow` are that rule, and know of no study file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from search.study import Choice, Range, StudySpec
+
+Scalar = bool | int | float | str
+Params = dict[str, Scalar]
+Array = NDArray[np.float64]
+Box = dict[str, tuple[Scalar, ...]]  # low and high of each range, the values kept of each choice
+Ask = Callable[[int, int, Sequence["Result"]], Sequence[Params]]  # generation, count, results so far -> parameters
+
+WORST = -math.inf
+BORDER = 0.02  # of a range's width: nearer than this, a value lies at the border
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """A place in the plan; what is trained there does not depend on who trains it, or when."""
+
+    stage: int
+    index: int
+    repeat: int
+
+    def __str__(self) -> str:
+        return f"s{self.stage}.i{self.index}.r{self.repeat}"
+
+    @classmethod
+    def parse(cls, text: str) -> Slot:
+        """The slot whose `str` this is. Raises ValueError."""
+        found = re.fullmatch(r"s(\d+)\.i(\d+)\.r(\d+)", text)
+        if not found:
+            raise ValueError(f"expected a slot such as s0.i3.r1, got {text!r}")
+        return cls(*map(int, found.groups()))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial to run: its slot, its parameters, its stage's name and what that stage sets over the study's base."""
+
+    slot: Slot
+    params: Params
+    stage: str
+    overrides: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial that has run; the higher its score the better, -inf if it failed or diverged."""
+
+    slot: Slot
+    params: Params
+    score: float
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """A stage and how many trials it has, repeats included."""
+
+    name: str
+    trials: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One configuration: the mean and deviation (None for a single run) of the scores in these slots."""
+
+    params: Params
+    mean: float
+    deviation: float | None
+    n: int
+    slots: tuple[Slot, ...]
+
+
+Chosen = Result
+
+
+# --- the rule, in the unit cube ----------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """The part of a range that a box holds, within [0, 1]."""
+
+    low: float
+    high: float
+
+
+Side = Interval | tuple[int, ...]  # of a choice: the positions that are kept
+Cube = tuple[Side, ...]
+
+
+def unit_points(n: int, d: int, *seed: int) -> Array:
+    """The first n points [n, d] of a scrambled Sobol sequence in [0, 1); a larger n only adds points."""
+    from scipy.stats import qmc
+
+    if not n or not d:
+        return np.zeros((n, d))
+    sobol = qmc.Sobol(d, scramble=True, seed=np.random.default_rng(seed))
+    points: Array = sobol.random_base2((n - 1).bit_length())
+    return points[:n]
+
+
+def place(cube: Cube, points: Array) -> Array:
+    """Points [n, d] of [0, 1) moved into the box; the coordinate of a choice is its position."""
+    placed = np.empty_like(points)
+    for axis, side in enumerate(cube):
+        if isinstance(side, Interval):
+            placed[:, axis] = side.low + (side.high - side.low) * points[:, axis]
+        else:
+            placed[:, axis] = np.take(side, (points[:, axis] * len(side)).astype(int))
+    return placed
+
+
+def narrow(cube: Cube, points: Array, scores: Array, width: float, top: float) -> Cube:
+    """The next box: `width` times as wide, centred on the mean of the best `top` fraction of the points [n, d].
+
+    At a border of the space it is shifted, not clipped. A choice keeps that share of its values, those with
+    the best scores first. Scores of -inf are never among the best; of equal scores the later point wins.
+    """
+    best = _best_first(scores)[: max(1, math.ceil(top * len(scores)))]
+    if not len(best):
+        return cube
+    sides: list[Side] = []
+    for axis, side in enumerate(cube):
+        if isinstance(side, Interval):
+            span = width * (side.high - side.low)
+            low = min(max(float(points[best, axis].mean()) - span / 2, 0.0), 1.0 - span)
+            sides.append(Interval(low, low + span))
+        else:
+            support = {k: scores[points[:, axis] == k].max(initial=WORST) for k in side}
+            kept = sorted(side, key=lambda k: -support[k])[: math.ceil(width * len(side))]
+            sides.append(tuple(sorted(kept)))
+    return tuple(sides)
+
+
+def _best_first(scores: Array) -> NDArray[np.intp]:
+    """Positions of the finite scores, the best first, the later first among equals."""
+    order = np.lexsort((-np.arange(len(scores)), -scores))
+    return order[np.isfinite(scores[order])]
+
+
+# --- between the unit cube and parameters ------------------------------------------------------------------------
+
+
+def _ends(dimension: Range) -> tuple[float, float]:
+    """Where 0 and 1 of the unit interval lie; a whole number owns the interval that rounds to it."""
+    half = 0.5 if dimension.integer else 0.0
+    low, high = dimension.low - half, dimension.high + half
+    return (math.log(low), math.log(high)) if dimension.log else (low, high)
+
+
+def value_at(dimension: Range | Choice, coordinate: float) -> Scalar:
+    """The value at a coordinate, to six significant digits (of the range's width if it is linear); ends are exact."""
+    if hasattr(dimension, "choices"):
+        choice: Scalar = dimension.choices[int(coordinate)]
+        return choice
+    low, high = _ends(dimension)
+    value = low + (high - low) * coordinate
+    value = math.exp(value) if dimension.log else value
+    if dimension.integer:
+        return int(min(max(round(value), dimension.low), dimension.high))
+    if not 0.0 < coordinate < 1.0:
+        return dimension.low if coordinate <= 0.0 else dimension.high
+    value = round(value, 5 - math.floor(math.log10(value if dimension.log else high - low)))
+    return min(max(value, dimension.low), dimension.high)
+
+
+def coordinate_of(dimension: Range | Choice, value: Scalar) -> float:
+    """The coordinate of a value: a position among the choices, or a number in [0, 1]."""
+    if hasattr(dimension, "choices"):
+        return float(next(k for k, choice in enumerate(dimension.choices) if _same(choice, value)))
+    low, high = _ends(dimension)
+    number = float(value)
+    return ((math.log(number) if dimension.log else number) - low) / (high - low)
+
+
+def _same(a: Scalar, b: Scalar) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _whole(dimensions: Mapping[str, Range | Choice]) -> Cube:
+    return tuple(
+        tuple(range(len(d.choices))) if hasattr(d, "choices") else Interval(0.0, 1.0) for d in dimensions.values()
+    )
+
+
+def _in_words(dimensions: Mapping[str, Range | Choice], cube: Cube) -> Box:
+    """The box in the units of the parameters."""
+    box: Box = {}
+    for (name, dimension), side in zip(dimensions.items(), cube, strict=True):
+        ends = (side.low, side.high) if isinstance(side, Interval) else side
+        box[name] = tuple(value_at(dimension, end) for end in ends)
+    return box
+
+
+def _params(dimensions: Mapping[str, Range | Choice], points: Array) -> list[Params]:
+    return [
+        {name: value_at(d, float(u)) for (name, d), u in zip(dimensions.items(), point, strict=True)}
+        for point in points
+    ]
+
+
+# --- a study's plan ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage of the plan: which configurations it has, and under which repeats each of them is trained."""
+
+    name: str
+    configurations: int
+    repeats: range
+    overrides: dict[str, Any]
+    dataset: Any = None  # its own, None for the study's
+    keeps: bool = False  # a configuration keeps its slot when others are added to the stage
+
+    def alike(self, other: _Stage) -> bool:
+        """Whether both train a configuration in the same way, so that their scores compare."""
+        return (self.overrides, self.dataset) == (other.overrides, other.dataset)
+
+
+def _stages(spec: StudySpec) -> list[_Stage]:
+    search, repeats = spec.search, range(spec.repeats)
+    if search.method == "coarse-to-fine":
+        found = [_Stage(s.name, s.trials, repeats, s.base, s.dataset) for s in search.stages]
+    elif search.method == "grid":
+        found = [_Stage("grid", math.prod(map(len, _levels(spec))), repeats, {}, keeps=True)]
+    elif search.method == "list":
+        found = [_Stage("list", len(search.settings), repeats, {}, keeps=True)]
+    else:
+        found = [_Stage(search.method, search.trials, repeats, {})]
+    if confirm := spec.confirm:
+        again = range(spec.repeats, spec.repeats + confirm.repeats)  # other seeds than before
+        top = min(confirm.top, sum(stage.configurations for stage in found))
+        found.append(_Stage("confirm", top, again, confirm.base, confirm.dataset, keeps=True))
+    return found
+
+
+def stages(spec: StudySpec) -> list[StageInfo]:
+    """The stages in order and how many trials each has; confirm may turn out to have fewer."""
+    return [StageInfo(stage.name, stage.configurations * len(stage.repeats)) for stage in _stages(spec)]
+
+
+def propose(spec: StudySpec, finished: Sequence[Finished], ask: Ask | None = None) -> list[Proposal]:
+    """Every trial of each stage whose earlier stages are complete, those that are finished among them.
+
+    The list is the same until a stage (or a generation of an Optuna sampler) is complete, whatever the order
+    of `finished`. Methods tpe, gp and cmaes need `ask`, which gets the number of a generation, how many
+    configurations to name and the results of the generations before. Raises ValueError without it.
+    """
+    if ask is None and spec.search.method in ("tpe", "gp", "cmaes"):
+        raise ValueError(f"method {spec.search.method} needs ask, see samplers.asker")
+    return [proposal for proposals, _ in _planned(spec, finished, ask) for proposal in proposals]
+
+
+def boxes(spec: StudySpec, finished: Sequence[Finished]) -> list[Box | None]:
+    """The box of each stage of `stages`; None for confirm, for a list, and while earlier stages are running."""
+    if spec.search.method == "list":
+        cubes: list[Cube] = []
+    elif spec.search.method == "coarse-to-fine":
+        complete = sum(complete for _, complete in _planned(spec, finished))
+        cubes = _cubes(spec, finished, complete + 1)
+    else:
+        cubes = [_whole(spec.dimensions)]
+    found: list[Box | None] = [_in_words(spec.dimensions, cube) for cube in cubes]
+    return found + [None] * (len(_stages(spec)) - len(found))
+
+
+def choose(spec: StudySpec, finished: Sequence[Finished]) -> Chosen | None:
+    """The configuration to use: the best by its mean over the confirm runs alone, once all of them are finished.
+
+    The score that brought a configuration into confirm does not count: it was chosen for being high. Before
+    that, or without confirm: the best so far. None if every trial failed.
+    """
+    plan = list(_planned(spec, finished))
+    proposals, complete = plan[-1]
+    best: list[Result] = []
+    if complete and spec.confirm:
+        slots = {proposal.slot for proposal in proposals}
+        best = _ranked(_results(f for f in _in_order(finished) if f.slot in slots))
+    best = best or _ranked(_candidates(spec, finished))
+    return best[0] if best else None
+
+
+def border(spec: StudySpec, finished: Sequence[Finished]) -> list[str]:
+    """In words, where the chosen value lies at the border of the space, so that better ones may lie beyond."""
+    chosen, words = choose(spec, finished), []
+    for name, dimension in spec.dimensions.items():
+        if chosen is None or spec.search.method == "list" or hasattr(dimension, "choices"):
+            continue
+        value = chosen.params[name]
+        low, high = (coordinate_of(dimension, end) for end in (dimension.low, dimension.high))
+        for side, end, away in (
+            ("lower", dimension.low, coordinate_of(dimension, value) - low),
+            ("upper", dimension.high, high - coordinate_of(dimension, value)),
+        ):
+            if away < BORDER and (side, end) != ("lower", 0.0):  # nothing lies below 0
+                words.append(
+                    f"{name}: the best value {value:.4g} lies at the {side} border {end:g} of the space; widen it"
+                )
+    return words
+
+
+def _planned(
+    spec: StudySpec, finished: Sequence[Finished], ask: Ask | None = None
+) -> Iterator[tuple[list[Proposal], bool]]:
+    """The proposals of each stage as far as the results reach, and whether all of them are finished."""
+    done = {f.slot for f in finished}
+    for number, stage in enumerate(_stages(spec)):
+        own = [f for f in _in_order(finished) if f.slot.stage == number]
+        configurations = _configurations(spec, finished, number, ask)
+        proposals = [
+            Proposal(Slot(number, index, repeat), params, stage.name, stage.overrides)
+            for index, params in _indexed(configurations, own if stage.keeps else [])
+            for repeat in stage.repeats
+        ]
+        complete = all(proposal.slot in done for proposal in proposals)
+        if stage.name != "confirm":
+            complete = complete and len(configurations) == stage.configurations
+        yield proposals, complete
+        if not complete:
+            return
+
+
+def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, ask: Ask | None) -> Sequence[Params]:
+    """The parameters of each configuration of a stage whose earlier stages are complete, in the order of slots."""
+    search, dimensions, stage = spec.search, spec.dimensions, _stages(spec)[number]
+    if stage.name == "confirm":
+        return [result.params for result in _ranked(_candidates(spec, finished))[: stage.configurations]]
+    if search.method == "list":
+        return search.settings
+    if search.method == "grid":
+        return [dict(zip(dimensions, values, strict=True)) for values in product(*_levels(spec))]
+    if search.method == "coarse-to-fine":
+        cube = _cubes(spec, finished, number + 1)[-1]
+        return _params(dimensions, place(cube, unit_points(stage.configurations, len(cube), spec.seed, number)))
+    if search.method == "random":
+        whole = _whole(dimensions)
+        if search.points == "sobol":
+            points = unit_points(search.trials, len(whole), spec.seed, 0)
+        else:
+            points = _uniform(search.trials, list(dimensions), spec.seed)
+        return _params(dimensions, place(whole, points))
+    return _generations(spec, finished, ask)
+
+
+def _generations(spec: StudySpec, finished: Sequence[Finished], ask: Ask | None) -> list[Params]:
+    """What an Optuna sampler named in the generations that are complete, and in the next one."""
+    search = spec.search
+    assert search.method in ("tpe", "gp", "cmaes")
+    done = {f.slot: f for f in _in_order(finished) if f.slot.stage == 0}
+    found: list[Params] = []
+    for number, first in enumerate(range(0, search.trials, search.generation)):
+        indices = range(first, min(first + search.generation, search.trials))
+        slots = [Slot(0, index, repeat) for index in indices for repeat in range(spec.repeats)]
+        if all(slot in done for slot in slots):
+            found += [done[Slot(0, index, 0)].params for index in indices]
+            continue
+        if ask is not None:
+            found += ask(number, len(indices), _results(f for slot, f in done.items() if slot.index < first))
+        break
+    return found
+
+
+def _indexed(configurations: Sequence[Params], own: Sequence[Finished]) -> list[tuple[int, Params]]:
+    """Each configuration with its index. One that has results keeps its own, so that a grid which was extended
+    keeps what is done; the others take the free numbers in order, which leaves a new grid in its own order."""
+    known = {_key(f.params): f.slot.index for f in reversed(own)}
+    taken = {f.slot.index for f in own}
+    free = (index for index in count() if index not in taken)
+    return [(known[key] if (key := _key(p)) in known else next(free), p) for p in configurations]
+
+
+def _levels(spec: StudySpec) -> list[Sequence[Scalar]]:
+    """The values of each dimension of a grid; whole numbers that fall together count once."""
+    search = spec.search
+    assert search.method == "grid"
+    levels: list[Sequence[Scalar]] = []
+    for name, d in spec.dimensions.items():
+        if hasattr(d, "choices"):
+            levels.append(d.choices)
+        else:
+            low, high = (coordinate_of(d, end) for end in (d.low, d.high))
+            steps = search.points_of(name) - 1
+            levels.append(list(dict.fromkeys(value_at(d, low + (high - low) * k / steps) for k in range(steps + 1))))
+    return levels
+
+
+def _uniform(n: int, names: Sequence[str], seed: int) -> Array:
+    """Independent points [n, d] of [0, 1), each coordinate from its own index and name."""
+    keys = [zlib.crc32(name.encode()) for name in names]
+    points = [[np.random.default_rng((seed, i, key)).random() for key in keys] for i in range(n)]
+    return np.array(points).reshape(n, len(names))
+
+
+def _cubes(spec: StudySpec, finished: Sequence[Finished], number: int) -> list[Cube]:
+    """The boxes of the first stages of coarse to fine; all but the last of them must be complete."""
+    search, dimensions, plan = spec.search, spec.dimensions, _stages(spec)
+    assert search.method == "coarse-to-fine"
+    cube, found = _whole(dimensions), list[Cube]()
+    for k, stage in enumerate(search.stages[:number]):
+        if k == 0:
+            edge = (1 - stage.width) / 2
+            cube = tuple(Interval(edge, 1 - edge) if isinstance(side, Interval) else side for side in cube)
+        else:
+            alike = {j for j in range(k) if plan[j].alike(plan[k - 1])}
+            results = _results(f for f in _in_order(finished) if f.slot.stage in alike)
+            points = [[coordinate_of(d, r.params[name]) for name, d in dimensions.items()] for r in results]
+            scores = np.array([r.mean for r in results])
+            cube = narrow(cube, np.array(points), scores, stage.width, search.top)
+        cube = tuple(
+            _explicit(dimensions[name], *given) if (given := _given(stage.box, name)) else side
+            for name, side in zip(dimensions, cube, strict=True)
+        )
+        found.append(cube)
+    return found
+
+
+def _given(box: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    return (box[name].low, box[name].high) if name in box else None
+
+
+def _explicit(dimension: Range | Choice, low: float, high: float) -> Interval:
+    half = 0.5 if getattr(dimension, "integer", False) else 0.0
+    return Interval(coordinate_of(dimension, low - half), coordinate_of(dimension, high + half))
+
+
+def _in_order(finished: Sequence[Finished]) -> list[Finished]:
+    return sorted(finished, key=lambda f: f.slot)
+
+
+def _candidates(spec: StudySpec, finished: Sequence[Finished]) -> list[Result]:
+    """Every configuration tried so far, confirm apart, in the stages trained like the last one that has results."""
+    plan = _stages(spec)
+    searched = [f for f in _in_order(finished) if plan[f.slot.stage].name != "confirm"]
+    return _results(f for f in searched if plan[f.slot.stage].alike(plan[searched[-1].slot.stage]))
+
+
+def _results(finished: Iterable[Finished]) -> list[Result]:
+    """One result for each configuration, in the order of its first slot."""
+    runs: dict[str, list[Finished]] = {}
+    for f in finished:
+        runs.setdefault(_key(f.params), []).append(f)
+    return [
+        Result(
+            params=of[0].params,
+            mean=statistics.fmean(scores := [f.score for f in of]),
+            deviation=statistics.stdev(scores) if len(of) > 1 and all(map(math.isfinite, scores)) else None,
+            n=len(of),
+            slots=tuple(f.slot for f in of),
+        )
+        for of in runs.values()
+    ]
+
+
+def _ranked(results: Sequence[Result]) -> list[Result]:
+    """Those that did not fail, the best mean first."""
+    return [results[k] for k in _best_first(np.array([r.mean for r in results]))]
+
+
+def _key(params: Params) -> str:
+    return json.dumps(params, sort_keys=True)

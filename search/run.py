@@ -1,0 +1,769 @@
+"""The one loop: register, propose, pack, submit, record, prune, tell, resume.
+
+What will run is written down before it runs, and a slice that came back is durable (outbox, then
+checkpoint, then storage) before the next one starts. So at any moment the process may be killed and
+started again: trials found RUNNING are taken up from their checkpoint under the same slot.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from optuna.trial import TrialState
+
+from core.data import Dataset
+from core.train import Progress, State, TrainConfig, advance, may_share, start
+from search import __version__, checkpoint, outbox, plan
+from search.datasets import open_dataset
+from search.errors import Interrupted, SieveError, StudyBusy, StudyFailed
+from search.executor import LOST, open_executor
+from search.outbox import Outbox, Record, artifact_id
+from search.plan import WORST, Finished, Params, Proposal, Slot
+from search.settings import Settings
+from search.storage import Attempt, StudyRecord, distribution, finished_attempts, open_storage, register, study_names
+from search.study import Choice, StudySpec
+
+NOTE_SECONDS = 5.0  # between looking for runs to link to
+REQUEST_SECONDS = 2.0  # how often the storage is asked for a request
+STOP_SECONDS = 8.0  # how long running slices may go on after a request to stop
+SLICE_SECONDS = 5.0  # what is aimed at: short enough to stop soon, long enough to cost nothing
+FIRST_RATE = 20e9  # floating-point operations per second, until it was measured
+MOST_COLUMNS = 1600  # first-layer columns of a group
+LEAST_COLUMNS = 400
+MOST_LOSSES = 3  # a slice lost so often is its trial's fault after all
+FIRST_POINTS = 5  # shown by a dry run
+GROUP = 16  # trials of its timed slice
+BEST = 3  # trials whose curves are drawn as a figure
+KINDS = ("accuracy", "loss", "cost")
+
+
+@dataclass
+class Trial:
+    """A slot that is being trained."""
+
+    slot: Slot
+    stage: str
+    params: dict[str, Any]
+    config: TrainConfig
+    attempt: int
+    trial_id: int
+    number: int
+    data: Dataset
+    state: State
+    progress: Progress = field(default_factory=Progress)  # all so far, but for snapshots
+    losses: int = 0  # how often its slice was lost
+    alone: bool = False  # travels without company, since a slice with it failed
+
+    def uid(self, study: str) -> str:
+        return f"{study}/{self.slot}/{self.attempt}"
+
+    @property
+    def cost(self) -> int:
+        """Floating-point operations per epoch."""
+        return self.config.cost(self.data.train.x.shape[1], len(self.data.classes)) * len(self.data.train)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the first layer."""
+        return self.config.hidden_sizes[0] if self.config.hidden_sizes else len(self.data.classes)
+
+
+def prepare(
+    spec: StudySpec, data: Dataset, proposal: Proposal, attempt: int = 0, trial_id: int = 0, number: int = 0
+) -> Trial:
+    """What a slot's parameters mean: the config, and a state before the first update.
+
+    Initial weights come from (study seed, slot), the order of the data from (study seed, repeat).
+    """
+    slot = proposal.slot
+    config = spec.config(proposal.params, **proposal.overrides)
+    state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat))
+    return Trial(slot, proposal.stage, dict(proposal.params), config, attempt, trial_id, number, data, state)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a study stands, for the command line to show."""
+
+    study: str
+    stage: str
+    planned: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    best: float | None
+    best_params: dict[str, Any]
+    epochs_per_second: float
+    seconds_left: float | None
+
+
+def groups(trials: Iterable[Trial], workers: int) -> list[list[Trial]]:
+    """Pack trials that may share their batches into groups of about equal cost.
+
+    A group gets at most MOST_COLUMNS first-layer columns, and there are as many as idle workers if the
+    trials suffice; a trial that must travel alone does.
+    """
+
+    def key(trial: Trial) -> tuple[Any, ...]:
+        alone = trial.number if trial.alone else -1
+        return alone, trial.data.reference or id(trial.data), may_share(trial.state)
+
+    packed: list[list[Trial]] = []
+    for _, shared in groupby(sorted(trials, key=lambda t: repr(key(t))), key):
+        members = sorted(shared, key=lambda t: -t.cost)
+        columns = sum(t.columns for t in members)
+        count = min(len(members), max(math.ceil(columns / MOST_COLUMNS), workers))
+        bins: list[list[Trial]] = [[] for _ in range(count)]
+        for trial in members:  # the costliest first, each into the cheapest group so far
+            min(bins, key=lambda group: sum(t.cost for t in group)).append(trial)
+        packed += bins
+    return packed
+
+
+def score(spec: StudySpec, attempt: Attempt) -> float:
+    """The higher the better; -inf for what diverged or was pruned."""
+    if attempt.state != TrialState.COMPLETE or attempt.value is None:
+        return WORST
+    return attempt.value if spec.maximise else -attempt.value
+
+
+def results(spec: StudySpec, settled: Iterable[Attempt], failed: Mapping[Slot, Params]) -> list[Finished]:
+    """What the plan needs to know."""
+    finished = [Finished(a.slot, a.params, score(spec, a)) for a in settled]
+    return finished + [Finished(slot, params, WORST) for slot, params in failed.items()]
+
+
+def best_first(spec: StudySpec, attempts: Iterable[Attempt]) -> list[Attempt]:
+    """Those with a result, the best first."""
+    return sorted((a for a in attempts if score(spec, a) > WORST), key=lambda a: (-score(spec, a), a.slot))
+
+
+@dataclass
+class Flight:
+    """A slice that an executor is working on."""
+
+    trials: list[Trial]
+    epochs: int
+    since: float
+
+
+class Runner:
+    """The owner of one study while it runs. `stop` may be called from a signal handler."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        settings: Settings,
+        record: StudyRecord,
+        box: Outbox,
+        executor: Executor,
+        workers: Callable[[], int],
+        *,
+        retry_failed: bool = False,
+        warn: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.spec, self.settings, self.record, self.box = spec, settings, record, box
+        self.executor, self.workers, self.warn, self.clock = executor, workers, warn, clock
+        self.datasets: dict[str, Dataset] = {}
+        self.distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
+        self.todo: deque[Proposal] = deque()
+        self.ready: list[Trial] = []
+        self.flying: dict[Future[tuple[list[State], list[Progress]]], Flight] = {}
+        self.stopping: str | None = None  # "stop" or "cancel"
+        self.began = self.asked = self.last_note = clock()
+        self.rate = FIRST_RATE
+        self.epoch_times: deque[tuple[float, float]] = deque(maxlen=20)  # (when, trial epochs) of recent slices
+        self.stage = ""
+
+        attempts = record.attempts()
+        self.settled: dict[Slot, Attempt] = finished_attempts(attempts)
+        self.tries = {slot: sum(a.slot == slot for a in attempts) for slot in {a.slot for a in attempts}}
+        failed = {a.slot for a in attempts if a.state == TrialState.FAIL} - self.settled.keys()
+        self.failed: dict[Slot, Params] = (
+            {} if retry_failed else {a.slot: a.params for a in attempts if a.slot in failed}
+        )
+        noted = record.noted()
+        uids = {f"{spec.name}/{a.slot}/{a.attempt}": a.trial_id for a in attempts}
+        self.unnoted = {uid: trial_id for uid, trial_id in uids.items() if trial_id not in noted}
+        self.before = len(self.settled) + len(self.failed)  # done by earlier launches
+        for attempt in attempts:
+            if attempt.state == TrialState.RUNNING:
+                self._adopt(attempt)
+        if retry_failed:
+            self.todo.extend(_again(a) for a in {a.slot: a for a in attempts if a.slot in failed}.values())
+
+    # ---- what is to be done
+
+    def stop(self, how: str = "stop") -> None:
+        """Start nothing more. "stop" keeps the running trials for later, "cancel" gives them up."""
+        self.stopping = how
+
+    def run(self, show: Callable[[Status], None] = lambda status: None) -> None:
+        """Until nothing is left to do, or `stop` was called and the running slices are in."""
+        self._announce()
+        deadline = math.inf
+        while True:
+            self._read_request()
+            if self.stopping:
+                deadline = min(deadline, self.clock() + STOP_SECONDS)
+            else:
+                self._dispatch()
+            if not self.flying or self.clock() > deadline:
+                break
+            for future in wait(self.flying, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                self._collect(self.flying.pop(future), future)
+            self.write_notes(every=NOTE_SECONDS)
+            show(self.status())
+        if self.stopping == "cancel":
+            self._give_up()
+        show(self.status())
+
+    def _propose(self) -> None:
+        finished = results(self.spec, self.settled.values(), self.failed)
+        known = self.settled.keys() | self.failed.keys() | {t.slot for t in self.ready}
+        known |= {t.slot for flight in self.flying.values() for t in flight.trials}
+        if self.spec.limits.minutes is not None and self.clock() - self.began > 60 * self.spec.limits.minutes:
+            return
+        self.todo.extend(p for p in plan.propose(self.spec, finished) if p.slot not in known)
+        stages = [
+            {"name": stage.name, "trials": stage.trials, "box": box}
+            for stage, box in zip(plan.stages(self.spec), plan.boxes(self.spec, finished), strict=True)
+        ]
+        self.record.set_attr("stages", stages)
+
+    def _dispatch(self) -> None:
+        """Keep every worker busy with a group of trials."""
+        idle = self.workers() - len(self.flying)
+        if idle <= 0:
+            return
+        if not self.todo and not self.ready:
+            self._propose()
+        room = idle * MOST_COLUMNS - sum(t.columns for t in self.ready)
+        while self.todo and room > 0:
+            trial = self._begin(self.todo.popleft())
+            self.ready.append(trial)
+            room -= trial.columns
+        packed = groups(self.ready, idle)
+        for trials in packed[:idle]:
+            self._submit(trials)
+        self.ready = [trial for trials in packed[idle:] for trial in trials]
+
+    def _submit(self, trials: list[Trial]) -> None:
+        seconds_per_epoch = sum(t.cost for t in trials) / self.rate
+        epochs = max(1, round(SLICE_SECONDS / seconds_per_epoch))
+        future = self.executor.submit(advance, [t.state for t in trials], trials[0].data, epochs)
+        self.flying[future] = Flight(trials, epochs, self.clock())
+
+    # ---- a trial's beginning
+
+    def _prepare(self, proposal: Proposal, attempt: int, trial_id: int, number: int) -> Trial:
+        """What the slot's parameters mean: config, data, and a state before the first update."""
+        dataset = self.spec.dataset_of(proposal.stage).model_dump_json()
+        if dataset not in self.datasets:
+            self.datasets[dataset], notes = open_dataset(self.spec.dataset_of(proposal.stage), self.settings)
+            for note in notes:
+                self.warn(f"warning: {note}")
+        return prepare(self.spec, self.datasets[dataset], proposal, attempt, trial_id, number)
+
+    def _begin(self, proposal: Proposal) -> Trial:
+        attempt = self.tries[proposal.slot] = self.tries.get(proposal.slot, 0) + 1
+        trial_id, number = self.record.begin(proposal, attempt, self.distributions)
+        trial = self._prepare(proposal, attempt, trial_id, number)
+        self.box.put([self._trial_begun(trial)])
+        self.unnoted[trial.uid(self.spec.name)] = trial_id
+        return trial
+
+    def _adopt(self, attempt: Attempt) -> None:
+        """Take up a trial that was running when its runner died."""
+        trial = self._prepare(_again(attempt), attempt.attempt, attempt.trial_id, attempt.number)
+        with suppress(OSError, ValueError, KeyError):  # it may have died before its first slice was in
+            trial.state, trial.progress = checkpoint.load(self._checkpoint(trial))
+        self.box.put([self._trial_begun(trial)])
+        if trial.state.finished:  # it died between the checkpoint and the storage
+            self._finish(trial)
+        else:
+            self.ready.append(trial)
+
+    # ---- a slice's end
+
+    def _collect(self, flight: Flight, future: Future[tuple[list[State], list[Progress]]]) -> None:
+        trials = flight.trials
+        try:
+            states, progress = future.result()
+        except LOST as error:
+            for trial in trials:
+                trial.losses += 1
+                trial.alone = True
+                if trial.losses >= MOST_LOSSES:
+                    self._fail(trial, f"its worker died {trial.losses} times: {error or type(error).__name__}")
+                else:
+                    self.ready.append(trial)
+        except Exception as error:
+            if len(trials) > 1:  # find out whose fault it is
+                for trial in trials:
+                    trial.alone = True
+                self.ready += trials
+            else:
+                self._fail(trials[0], "".join(traceback.format_exception(error)))
+        else:
+            self._record(flight, states, progress)
+
+    def _record(self, flight: Flight, states: list[State], progress: list[Progress]) -> None:
+        """Make a slice durable: what is to be shown, then the state to go on from, then the storage."""
+        now = self.clock()
+        records: list[Record] = []
+        curves: dict[int, list[tuple[int, float]]] = {}
+        work = 0.0
+        for trial, state, part in zip(flight.trials, states, progress, strict=True):
+            epochs = (state.update - trial.state.update) / state.per_epoch
+            work += trial.cost * epochs
+            self.epoch_times.append((now, epochs))
+            trial.state, trial.losses = state, 0
+            trial.progress.evaluations += part.evaluations
+            trial.progress.test, trial.progress.confusion = part.test, part.confusion
+            records += self._shown(trial, part, flight.since, now)
+            curves[trial.trial_id] = [(e.step, self.spec.value([e])) for e in part.evaluations]
+        speed = work / max(now - flight.since, 1e-3)
+        self.rate = speed if self.rate == FIRST_RATE else 0.5 * (self.rate + speed)
+        self.box.put(records)
+        for trial in flight.trials:
+            checkpoint.save(self._checkpoint(trial), trial.state, trial.progress)
+        self.record.add_curves(curves)
+        for trial in flight.trials:
+            if trial.state.finished:
+                self._finish(trial)
+            else:
+                self.ready.append(trial)
+
+    def _finish(self, trial: Trial) -> None:
+        """Settle a trial that trained to its end, or diverged on the way."""
+        value = self.spec.value(trial.progress.evaluations)
+        diverged = trial.state.diverged or (None if math.isfinite(value) else "there is no finite value")
+        state = TrialState.PRUNED if diverged else TrialState.COMPLETE
+        attrs = self._results(trial) | ({"reason": diverged} if diverged else {})
+        image = artifact_id(trial.uid(self.spec.name))
+        self.record.finish(trial.trial_id, state, None if diverged else value, attrs, image)
+        self.settled[trial.slot] = Attempt(
+            trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, state, value, attrs
+        )
+        checkpoint.remove(self._checkpoint(trial))
+
+    def _fail(self, trial: Trial, reason: str, state: TrialState = TrialState.FAIL) -> None:
+        """Settle a trial that could not be trained; `sieve retry` makes another attempt at its slot."""
+        status = "FAILED" if state == TrialState.FAIL else "KILLED"
+        ended = outbox.trial_ended(
+            self.spec.name, trial.uid(self.spec.name), self.clock(), status, reason, self._results(trial)
+        )
+        self.box.put([ended])
+        self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason[:2000]})
+        self.failed[trial.slot] = trial.params
+        checkpoint.remove(self._checkpoint(trial))
+
+    def _give_up(self) -> None:
+        flying = [trial for flight in self.flying.values() for trial in flight.trials]
+        for trial in [*self.ready, *flying]:
+            self._fail(trial, "cancelled by the user")
+        self.ready, self.flying = [], {}
+
+    def _checkpoint(self, trial: Trial) -> Path:
+        return self.settings.checkpoints / self.spec.name / f"{trial.slot}.{trial.attempt}.npz"
+
+    # ---- what is shown
+
+    def _results(self, trial: Trial) -> dict[str, float]:
+        evaluations, test = trial.progress.evaluations, trial.progress.test
+        results: dict[str, float] = {"seconds": round(trial.state.seconds, 3)}
+        if evaluations:
+            last = evaluations[-1].metrics
+            results |= {f"{part}_{kind}": last[f"{kind}/{part}"] for part in ("train", "val") for kind in KINDS}
+            results["best_val_accuracy"] = max(e.metrics["accuracy/val"] for e in evaluations)
+            results["epochs"] = evaluations[-1].epoch
+        if test is not None:
+            results |= {f"test_{kind}": value for kind, value in test.items()}
+        return {name: value for name, value in results.items() if math.isfinite(value)}
+
+    def _announce(self) -> None:
+        kinds = {
+            name: "choice" if isinstance(d, Choice) else "log" if d.log else "linear"
+            for name, d in self.spec.dimensions.items()
+        }
+        begun = outbox.study_begun(
+            self.spec.name,
+            json.loads(self.spec.to_json()),
+            {"version": __version__},
+            self.clock(),
+            dimensions=kinds,
+            optuna_study_id=self.record.study_id,
+        )
+        self.box.put([begun])
+
+    def _trial_begun(self, trial: Trial) -> Record:
+        tags = {
+            "stage": trial.stage,
+            "slot": str(trial.slot),
+            "repeat": str(trial.slot.repeat),
+            "attempt": str(trial.attempt),
+            "dataset": trial.data.name,
+            "dataset_digest": trial.data.digest,
+            "version": __version__,
+            "configuration": f"{trial.slot.stage}.{trial.slot.index}",
+        }
+        params = trial.config.to_params() | trial.params
+        return outbox.trial_begun(
+            self.spec.name,
+            trial.uid(self.spec.name),
+            outbox.run_name(trial.params),
+            params,
+            tags,
+            self.clock(),
+            {"study_id": self.record.study_id, "number": trial.number},
+        )
+
+    def _shown(self, trial: Trial, part: Progress, since: float, now: float) -> list[Record]:
+        """The records of one slice of a trial. Its points are spread evenly over the time it took."""
+        study, uid, data = self.spec.name, trial.uid(self.spec.name), trial.data
+        between = (now - since) / max(1, len(part.evaluations))
+        points = [(e.step, since + between * (i + 1), e.metrics) for i, e in enumerate(part.evaluations)]
+        records = [outbox.trial_progress(study, uid, trial.state.update, now, points)] if points else []
+        classes = None if trial.config.hidden_sizes else data.classes
+        records += [
+            outbox.trial_weights(
+                study, uid, step, now, step, weights, data.image_shape, data.mean, data.scale, classes
+            )
+            for step, weights in part.snapshots
+        ]
+        if trial.state.finished:
+            reason = trial.state.diverged
+            records.append(
+                outbox.trial_ended(
+                    study,
+                    uid,
+                    now,
+                    "KILLED" if reason else "FINISHED",
+                    reason,
+                    self._results(trial),
+                    trial.progress.confusion,
+                    trial.state.weights,
+                    classes=data.classes,
+                )
+            )
+        return records
+
+    # ---- how it stands
+
+    def status(self) -> Status:
+        flying = [trial for flight in self.flying.values() for trial in flight.trials]
+        stages = plan.stages(self.spec)
+        current = max([t.slot.stage for t in flying] or [s.stage for s in self.settled] or [0])
+        done = list(self.settled.values())
+        best = next(iter(best_first(self.spec, done)), None)
+        planned = sum(stage.trials for stage in stages)
+        elapsed = self.clock() - self.began
+        fresh = len(done) + len(self.failed) - self.before
+        left = planned - len(done) - len(self.failed)
+        recent = [(when, epochs) for when, epochs in self.epoch_times]
+        window = self.clock() - (recent[0][0] if len(recent) == self.epoch_times.maxlen else self.began)
+        return Status(
+            study=self.spec.name,
+            stage=stages[current].name,
+            planned=planned,
+            complete=sum(a.state == TrialState.COMPLETE for a in done),
+            pruned=sum(a.state == TrialState.PRUNED for a in done),
+            failed=len(self.failed),
+            running=len(flying) + len(self.ready),
+            best=best.value if best else None,
+            best_params=best.params if best else {},
+            epochs_per_second=sum(epochs for _, epochs in recent) / max(window, 1e-3),
+            seconds_left=elapsed / fresh * left if fresh else None,
+        )
+
+    def write_notes(self, every: float = 0.0) -> None:
+        """Give each trial that has an MLflow run by now its note in the dashboard; at most every so many seconds."""
+        if not self.unnoted or self.clock() - self.last_note < every:
+            return
+        self.last_note = self.clock()
+        links = self.box.links(self.spec.name)
+        for uid in sorted(self.unnoted.keys() & links.keys()):
+            experiment, run = links[uid]
+            url = f"{self.settings.mlflow_ui}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
+            image = f"![first layer](/artifacts/{self.record.study_id}/{self.unnoted[uid]}/{artifact_id(uid)})"
+            self.record.note(f"{image}\n\n[Curves, images and weights in MLflow]({url})\n", self.unnoted.pop(uid))
+
+    def _read_request(self) -> None:
+        """What `sieve stop` or `sieve cancel`, in another process, asked for."""
+        if self.clock() - self.asked < REQUEST_SECONDS:
+            return
+        self.asked = self.clock()
+        request = self.record.attrs.get("request")
+        if request in ("stop", "cancel"):
+            self.record.set_attr("request", None)
+            self.stop(request)
+
+
+def _again(attempt: Attempt) -> Proposal:
+    """The proposal that a stored attempt came from."""
+    return Proposal(attempt.slot, attempt.params, attempt.attrs["stage"], attempt.attrs["overrides"])
+
+
+# ---- a study from the outside
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a study ended."""
+
+    study: str
+    metric: str
+    chosen: plan.Chosen  # its mean and deviation are in the unit of the metric
+    test_accuracy: tuple[float, float | None] | None  # mean and deviation over the chosen configuration's trials
+    border: list[str]  # where the best point lies on the border of the space
+    table: list[Attempt]  # the best trials, best first
+    failed: int
+    unsent: int  # tracking records that did not reach MLflow yet
+
+
+@contextmanager
+def owned(settings: Settings, study: str) -> Iterator[None]:
+    """Be the only runner of a study. Raises StudyBusy."""
+    settings.locks.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(settings.locks / f"{study}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout:
+        raise StudyBusy(
+            f"study '{study}' is being run by another process; `sieve status {study}` shows it, "
+            f"`sieve stop {study}` stops it"
+        ) from None
+
+
+def launch(
+    spec: StudySpec,
+    settings: Settings,
+    *,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    show: Callable[[Status], None] = lambda status: None,
+    started: Callable[[Runner], None] = lambda runner: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Run a study to its end, from its beginning or from where it was left.
+
+    `show` gets the status about twice a second; `started` gets the runner, to stop it from a
+    signal handler; `warn` gets what a person should know.
+    Raises StudyConflict, StudyBusy, DataError; Interrupted if it was stopped; StudyFailed without any result.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with owned(settings, spec.name), Outbox(settings.outbox) as box:
+        record = register(open_storage(settings.storage), spec)
+        executor, count = open_executor(settings.executor, workers)
+        publisher = start_publisher()
+        runner = None
+        try:
+            runner = Runner(spec, settings, record, box, executor, count, retry_failed=retry_failed, warn=warn)
+            started(runner)
+            record.set_attr("state", "running")
+            runner.run(show)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            record.set_attr("state", "stopped" if runner is None or runner.stopping else "done")
+            if runner is not None:
+                runner.write_notes()
+        if runner.stopping:
+            raise Interrupted(f"study '{spec.name}' was stopped; `sieve launch` with its file goes on from here")
+        outcome = conclude(record)
+        record.set_attr("chosen", outcome.chosen.params)
+        uids = [f"{spec.name}/{a.slot}/{a.attempt}" for a in outcome.table[:BEST]]
+        box.put([outbox.study_ended(spec.name, time.time(), summary(outcome), best=uids)])
+        await_publisher(publisher, box, spec.name)
+        runner.write_notes()
+        return replace(outcome, unsent=box.unsent(spec.name))
+
+
+def start_publisher() -> subprocess.Popen[bytes]:
+    """A process of its own, which alone imports mlflow; it ends by itself once we have ended and all is sent."""
+    command = [sys.executable, "-c", "from search.cli import app; app()", "sync", "--follow", str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def await_publisher(publisher: subprocess.Popen[bytes], box: Outbox, study: str, patience: float = 20.0) -> None:
+    """Wait until all records of the study are sent, or `patience` seconds brought none further."""
+    left, since = box.unsent(study), time.monotonic()
+    while left and publisher.poll() is None and time.monotonic() - since < patience:
+        time.sleep(0.1)
+        if (now := box.unsent(study)) < left:
+            left, since = now, time.monotonic()
+
+
+def conclude(record: StudyRecord) -> Outcome:
+    """What the study says so far. Raises StudyFailed if no trial has a result."""
+    spec, attempts = record.spec, record.attempts()
+    settled = finished_attempts(attempts)
+    failed = {a.slot: a.params for a in attempts if a.state == TrialState.FAIL and a.slot not in settled}
+    finished = results(spec, settled.values(), failed)
+    chosen = plan.choose(spec, finished)
+    if chosen is None:
+        reasons = sorted(
+            {str(a.attrs.get("reason", "")).strip().splitlines()[-1:][0] for a in attempts if a.attrs.get("reason")}
+        )
+        raise StudyFailed(f"study '{spec.name}': none of {len(attempts)} trials has a result: {'; '.join(reasons[:3])}")
+    tests = [settled[slot].attrs["test_accuracy"] for slot in chosen.slots if "test_accuracy" in settled[slot].attrs]
+    return Outcome(
+        study=spec.name,
+        metric=spec.metric,
+        chosen=chosen if spec.maximise else replace(chosen, mean=-chosen.mean),
+        test_accuracy=(statistics.mean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else None,
+        border=plan.border(spec, finished),
+        table=best_first(spec, settled.values()),
+        failed=len(failed),
+        unsent=0,
+    )
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as plain values, for MLflow and for --json."""
+    chosen = outcome.chosen
+    mean, deviation = outcome.test_accuracy or (None, None)
+    return {
+        "study": outcome.study,
+        "params": chosen.params,
+        "metric": outcome.metric,
+        "mean": chosen.mean,
+        "deviation": chosen.deviation,
+        "n": chosen.n,
+        "slots": [str(slot) for slot in chosen.slots],
+        "test_accuracy": mean,
+        "test_deviation": deviation,
+        "border": outcome.border,
+        "failed": outcome.failed,
+        "unsent": outcome.unsent,
+    }
+
+
+def stored(study: str, settings: Settings) -> StudyRecord:
+    """The record of a study that exists. Raises UnknownStudy."""
+    return StudyRecord(open_storage(settings.storage), study)
+
+
+def dry_run(spec: StudySpec, settings: Settings, *, workers: int | None = None) -> dict[str, Any]:
+    """What `launch` would do, and about how long, from one timed slice; nothing is written at home."""
+    proposals = plan.propose(spec, [])
+    stages = plan.stages(spec)
+    with tempfile.TemporaryDirectory() as folder:
+        aside = replace(settings, home=Path(folder), data_dir=settings.data_dir or settings.data_cache)
+        data, _ = open_dataset(spec.dataset_of(proposals[0].stage), aside)
+        trials = [prepare(spec, data, proposal) for proposal in proposals[:GROUP]]
+        group = groups(trials, 1)[0]
+        executor, count = open_executor("local", workers)
+        try:
+            states, _ = executor.submit(advance, [t.state for t in group], group[0].data, 1).result()
+        finally:
+            executor.shutdown()
+    rate = sum(t.cost for t in group) / sum(state.seconds for state in states)
+    work = statistics.mean(t.cost * t.state.total / t.state.per_epoch for t in trials)
+    return {
+        "study": spec.name,
+        "stages": [{"name": stage.name, "trials": stage.trials} for stage in stages],
+        "first": [proposal.params for proposal in proposals[:FIRST_POINTS]],
+        "workers": count(),
+        "seconds": work * sum(stage.trials for stage in stages) / rate / count(),
+    }
+
+
+def standing(settings: Settings, study: str | None = None) -> list[dict[str, Any]]:
+    """How each study (or this one) stands, as rows of plain values. Raises UnknownStudy."""
+    storage = open_storage(settings.storage)
+    with Outbox(settings.outbox) as box:
+        return [
+            _standing(StudyRecord(storage, name), box, settings)
+            for name in ([study] if study else study_names(storage))
+        ]
+
+
+def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, Any]:
+    attrs, attempts = record.attrs, record.attempts()
+    row: dict[str, Any] = dict.fromkeys(("stage", "best", "waiting"))
+    settled = finished_attempts(attempts)
+    failed = {a.slot for a in attempts if a.state == TrialState.FAIL} - settled.keys()
+    row |= {
+        "study": record.name,
+        "state": "running" if _is_owned(settings, record.name) else attrs.get("state", "-"),
+        "complete": sum(a.state == TrialState.COMPLETE for a in settled.values()),
+        "pruned": sum(a.state == TrialState.PRUNED for a in settled.values()),
+        "running": sum(a.state == TrialState.RUNNING for a in attempts),
+        "failed": len(failed),
+        "unsent": box.unsent(record.name),
+    }
+    if "spec" in attrs:
+        spec = record.spec
+        best = next(iter(best_first(spec, settled.values())), None)
+        planned = sum(stage.trials for stage in plan.stages(spec))
+        row["best"] = best and round(best.value or 0.0, 6)
+        row["stage"] = max(attempts, key=lambda a: a.slot).attrs["stage"] if attempts else None
+        row["waiting"] = max(0, planned - len(settled) - len(failed) - row["running"])
+        row["planned"] = planned
+    return row
+
+
+def _is_owned(settings: Settings, study: str) -> bool:
+    try:
+        with owned(settings, study):
+            return False
+    except StudyBusy:
+        return True
+
+
+def request(study: str, what: str, settings: Settings) -> str:
+    """Ask the runner of a study to "stop" or "cancel"; says what will happen. Raises UnknownStudy."""
+    record = stored(study, settings)
+    if not _is_owned(settings, study):
+        return f"study '{study}' is not running"
+    record.set_attr("request", what)
+    return f"asked the runner of study '{study}' to {what}; it does within {REQUEST_SECONDS + STOP_SECONDS:.0f} seconds"
+
+
+def export(study: str, path: Path, settings: Settings) -> str:
+    """Write the chosen configuration's best weights and what prediction needs; says what was written."""
+    record = stored(study, settings)
+    outcome, spec = conclude(record), record.spec
+    slots = set(outcome.chosen.slots)
+    attempt = next(a for a in outcome.table if a.slot in slots)
+    uid = f"{study}/{attempt.slot}/{attempt.attempt}"
+    with Outbox(settings.outbox) as box:
+        ended = box.records(uid, "trial_ended")
+    if not ended or ended[0].blob is None:
+        raise SieveError(f"study '{study}': this machine has no weights of trial {attempt.slot}; export where it ran")
+    data, _ = open_dataset(spec.dataset_of(attempt.attrs["stage"]), settings)
+    config = spec.config(attempt.params, **attempt.attrs["overrides"])
+    about = {
+        "study": study,
+        "slot": str(attempt.slot),
+        "config": config.to_params(),
+        "classes": data.classes,
+        "dataset": {"name": data.name, "digest": data.digest},
+        "predict": "a = (x - mean) * scale; then a = activation(a W1 + b1), ...; classes[argmax(a W_L + b_L)]",
+    }
+    arrays = outbox.unpack(ended[0].blob) | {"mean": data.mean, "scale": data.scale}
+    with path.open("wb") as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+    return f"wrote {path}: {', '.join(sorted(arrays))} and about (JSON) of trial {attempt.slot}"

@@ -1,0 +1,142 @@
+"""What the command line shows: a live line while a study runs, tables at the end; plain lines when not a terminal."""
+
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from search.outbox import run_name
+from search.settings import Settings
+
+if TYPE_CHECKING:
+    from search.datasets import Row
+    from search.run import Outcome, Status
+
+PLAIN_SECONDS = 5.0  # between lines when nobody watches a terminal
+SHOWN = 8  # best trials in the table
+
+
+class Display:
+    """Progress of one running study. Use as a context manager."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet, soft_wrap=True)
+        self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        self.last_line, self.last_stage = 0.0, ""
+
+    def __enter__(self) -> "Display":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+
+    def update(self, status: "Status") -> None:
+        text = progress_line(status)
+        if self.live:
+            self.live.update(Text(text))
+        elif status.stage != self.last_stage or time.monotonic() - self.last_line > PLAIN_SECONDS:
+            self.last_line, self.last_stage = time.monotonic(), status.stage
+            self.console.print(text, highlight=False, markup=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def conclude(self, outcome: "Outcome", settings: Settings) -> None:
+        show_outcome(outcome)
+        if outcome.unsent:
+            self.note(f"warning: {outcome.unsent} tracking records are not sent yet; `sieve sync` sends them")
+        self.note("`sieve ui` opens MLflow and the Optuna dashboard on all of it")
+
+
+def progress_line(status: "Status") -> str:
+    done = status.complete + status.pruned
+    parts = [
+        f"{status.study}: {status.stage}",
+        f"{done}/{status.planned} done, {status.running} running, {status.failed} failed",
+    ]
+    if status.best is not None:
+        parts.append(f"best {status.best:.4g} ({run_name(status.best_params)})")
+    if status.epochs_per_second:
+        parts.append(f"{status.epochs_per_second:.1f} epochs/s")
+    if status.seconds_left is not None:
+        parts.append(f"{duration(status.seconds_left)} left")
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def spread(mean: float, deviation: float | None) -> str:
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+
+def show_outcome(outcome: "Outcome") -> None:
+    rows = [
+        [
+            attempt.attrs["stage"],
+            str(attempt.slot),
+            run_name(attempt.params),
+            f"{attempt.value:.4f}",
+            f"{attempt.attrs['test_accuracy']:.4f}" if "test_accuracy" in attempt.attrs else "-",
+        ]
+        for attempt in outcome.table[:SHOWN]
+    ]
+    show_table(
+        f"best trials of {outcome.study}", ["stage", "slot", "parameters", outcome.metric, "test_accuracy"], rows
+    )
+    console, chosen = Console(soft_wrap=True, highlight=False, markup=False), outcome.chosen
+    console.print(f"chosen: {run_name(chosen.params)}")
+    runs = "1 run" if chosen.n == 1 else f"mean and deviation of {chosen.n} runs"
+    console.print(f"  {outcome.metric}: {spread(chosen.mean, chosen.deviation)} ({runs})")
+    if outcome.test_accuracy:
+        console.print(f"  test_accuracy: {spread(*outcome.test_accuracy)}")
+    for words in outcome.border:
+        console.print(f"note: {words}")
+    if outcome.failed:
+        console.print(f"note: {outcome.failed} slots failed; `sieve retry {outcome.study}` runs them again")
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    rows = [[stage["name"], str(stage["trials"])] for stage in plan["stages"]]
+    show_table(f"plan of {plan['study']}", ["stage", "trials"], rows)
+    for point in plan["first"]:
+        print(f"  {run_name(point)}")
+    print(f"about {duration(plan['seconds'])} on {plan['workers']} workers")
+
+
+def show_standing(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ["study", "state", "stage", "complete", "running", "pruned", "failed", "waiting", "best", "unsent"]
+    show_table("studies", columns, [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows])
+
+
+def show_gradients(rows: Iterable[Any]) -> None:
+    rows = list(rows)
+    show_table("relative errors of the gradients", list(rows[0]._fields), [[_cell(v) for v in row] for row in rows])
+
+
+def show_data(rows: Iterable["Row"]) -> None:
+    show_table("datasets", ["name", "state", "detail"], [[row.name, row.state, row.detail] for row in rows])
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)

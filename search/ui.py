@@ -1,0 +1,88 @@
+"""`sieve ui`: MLflow's server and the Optuna dashboard on the embedded stores, both on loopback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from search.errors import SieveError
+from search.settings import Settings
+
+START_SECONDS = 180.0  # MLflow's server takes 6 s alone, and half a minute beside a running study
+
+
+def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callable[[str], None]) -> None:
+    """Start both, wait until both answer, say where, and end both on Ctrl-C. Raises SieveError if one ends early."""
+    from search.storage import open_storage
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.trial_artifacts.mkdir(exist_ok=True)
+    open_storage(settings.storage)  # the dashboard refuses a database without tables
+    pages = {"Optuna dashboard": (dashboard_command(settings, dashboard_port), f"http://127.0.0.1:{dashboard_port}")}
+    if not settings.tracking_uri.startswith("http"):
+        pages = {"MLflow": (mlflow_command(settings, mlflow_port), f"http://127.0.0.1:{mlflow_port}")} | pages
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (settings.home / "ui.log").open("wb") as log:
+        servers = {
+            name: subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            for name, (command, _) in pages.items()
+        }
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            for name, (_, address) in pages.items():
+                _await_answer(name, servers[name], address)
+            for name, (_, address) in pages.items():
+                say(f"{name}: {address}")
+            say("Ctrl-C ends both")
+            while all(server.poll() is None for server in servers.values()):
+                time.sleep(0.5)
+            raise SieveError(f"one of the servers ended by itself; {settings.home / 'ui.log'} says why")
+        except KeyboardInterrupt:
+            say("ended")
+        finally:
+            for server in servers.values():
+                _end(server)
+
+
+def mlflow_command(settings: Settings, port: int) -> list[str]:
+    """One worker: uvicorn kills workers of a group that do not answer within 5 s on a busy machine."""
+    return [
+        str(Path(sys.executable).with_name("mlflow")),
+        "server",
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", settings.tracking_uri, "--artifacts-destination", str(settings.artifacts)),
+    ]
+
+
+def dashboard_command(settings: Settings, port: int) -> list[str]:
+    return [
+        str(Path(sys.executable).with_name("optuna-dashboard")),
+        *(settings.storage, "--host", "127.0.0.1", "--port", str(port)),
+        *("--artifact-dir", str(settings.trial_artifacts)),
+    ]
+
+
+def _await_answer(name: str, server: subprocess.Popen[bytes], address: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise SieveError(f"{name} did not answer at {address}; is the port taken? see ui.log at home")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End a server and the processes it started."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
