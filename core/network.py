@@ -17,9 +17,11 @@ One network is K = 1, through the same code.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from functools import lru_cache
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Layers = list[tuple[Array, Array]]  # [(W [d_in, d_out], b [d_out]), ...], first layer first
+
+
+# BLAS multiplies matrices of fewer than 10^6 products by another kernel, which rounds differently.
+LEAST_PRODUCTS = 1_000_000
 
 
 class Activation(NamedTuple):
@@ -114,7 +120,7 @@ class Stack:
 
     @property
     def n(self) -> int:
-        return self.members.stop - self.members.start
+        return int(self.members.stop - self.members.start)
 
 
 @dataclass
@@ -125,7 +131,7 @@ class Population:
     v: Array  # [D, S]
     bias: Array  # [S]
     scale: Array  # [S] float64, weight decay not yet multiplied into V (see optim.update_first_layer)
-    widths: Array  # [K], first-layer columns per member
+    widths: list[int]  # [K], first-layer columns per member
     classes: int
     memory: list[list[Array]]  # what the update rules keep for V and bias: [D, S], [S]
 
@@ -134,8 +140,8 @@ class Population:
         return len(self.widths)
 
     def columns(self, k: int) -> slice:
-        start = int(self.widths[:k].sum())
-        return slice(start, start + int(self.widths[k]))
+        stop = sum(self.widths[: k + 1])
+        return slice(stop - self.widths[k], stop)
 
 
 def populate(
@@ -151,7 +157,9 @@ def populate(
     V gets at least `least_columns` columns (zeros, never used): below some size BLAS takes another kernel,
     whose rounding would tell a lone member from one in company.
     """
-    stacks, widths, start, column = [], [], 0, 0
+    stacks: list[Stack] = []
+    widths: list[int] = []
+    start, column = 0, 0
     for (rule, hidden, activation, dropout), group in groupby(configs, shape_key):
         n = len(list(group))
         sizes = (*hidden, classes)
@@ -177,7 +185,7 @@ def populate(
         v=np.zeros((inputs, columns), dtype),
         bias=np.zeros(columns, dtype),
         scale=np.ones(columns),
-        widths=np.array(widths),
+        widths=widths,
         classes=classes,
         memory=[[np.zeros((inputs, columns), dtype), np.zeros(columns, dtype)] for _ in range(memory)],
     )
@@ -299,3 +307,58 @@ def _arrays(p: Population, stack: Stack) -> list[tuple[Array, Array, list[Array]
     """(V, bias, inner), of the parameters first and then of each thing remembered."""
     kept = zip(p.memory, stack.memory, strict=True)
     return [(p.v, p.bias, stack.inner), *((v, bias, inner) for (v, bias), inner in kept)]
+
+
+# The library that multiplies matrices ------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _openblas() -> ctypes.CDLL:
+    """The BLAS that NumPy itself is linked to; its symbols are found through NumPy's own module."""
+    return ctypes.CDLL(np._core._multiarray_umath.__file__)  # type: ignore[attr-defined]
+
+
+def blas_kernel() -> str:
+    """The name of the kernel that NumPy's OpenBLAS chose for this CPU, say "SkylakeX"; else "unknown"."""
+    for name in ("scipy_openblas_get_corename64_", "openblas_get_corename64_", "openblas_get_corename"):
+        try:
+            symbol = getattr(_openblas(), name)
+        except (OSError, AttributeError):
+            continue
+        symbol.restype = ctypes.c_char_p
+        return str(symbol().decode())
+    return "unknown"
+
+
+@lru_cache(maxsize=1)
+def blas_is_exact() -> bool:
+    """Whether columns of a wide product have the same bits as the product of these columns alone.
+
+    If so, a trial's result does not depend on its company; else it does, by float32 rounding.
+    """
+    rng = np.random.default_rng(0)
+    widths = (50, 7, 100, 33, 150, 10)  # each makes a product well above LEAST_PRODUCTS
+    x = rng.standard_normal((100, 3072), dtype=np.float32)
+    v = rng.standard_normal((3072, sum(widths)), dtype=np.float32)
+    z = x @ v
+    dv = x.T @ z
+    for stop, width in zip(accumulate(widths), widths, strict=True):
+        own = slice(stop - width, stop)
+        same = x @ v[:, own].copy() == z[:, own], x.T @ z[:, own].copy() == dv[:, own]
+        if not all(part.all() for part in same):
+            return False
+    return True
+
+
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+AVX512_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
+
+
+def faster_kernel(cpu_flags: str, kernel: str | None = None) -> str | None:
+    """A kernel worth asking for with OPENBLAS_CORETYPE, before NumPy is imported; None if OpenBLAS chose well.
+
+    `cpu_flags` is what /proc/cpuinfo says, `kernel` what runs now (by default in this process). A CPU too new
+    for its OpenBLAS gets a kernel without AVX-512, half as fast.
+    """
+    plain = (kernel or blas_kernel()) not in (*AVX512_KERNELS, "unknown")
+    return "SKYLAKEX" if plain and set(cpu_flags.split()) >= AVX512 else None

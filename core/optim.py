@@ -7,13 +7,14 @@ l2_scale * lambda * sum(w^2) adds 2 * l2_scale * lambda * w to the gradient; `sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from core.network import Array, Population
+from core.network import LEAST_PRODUCTS, Array, Population
 
 if TYPE_CHECKING:
     from core.train import TrainConfig
@@ -169,10 +170,7 @@ def update_first_layer(p: Population, x: Array, g: Array, rates: Array) -> None:
             shrink_lazily(p, columns, 1 - exact.eta * exact.shrink)
             g[:, columns] *= (-exact.eta / p.scale[columns]).astype(g.dtype)
         runs.append((rule, columns, r))
-    d, s = p.v.shape
-    pieces = max(1, round(d * s / CHUNK))
-    for piece in range(pieces):
-        rows = slice(piece * d // pieces, (piece + 1) * d // pieces)
+    for rows in _chunks(p.v, len(x)):
         dv = x[:, rows].T @ g  # [rows, S]
         for rule, columns, r in runs:
             if rule.apply is sgd:
@@ -190,6 +188,15 @@ def shrink_lazily(p: Population, columns: slice, factor: Array) -> None:
     if small.any():  # member by member, so that company makes no difference
         p.v[:, columns] *= np.where(small, scale, 1).astype(p.v.dtype)
         scale[small] = 1
+
+
+def _chunks(v: Array, batch: int) -> Iterator[slice]:
+    """Rows of V by the chunk, never so few that BLAS takes its kernel for small products (see LEAST_PRODUCTS)."""
+    inputs, columns = v.shape
+    rows = math.ceil(max(CHUNK, LEAST_PRODUCTS / batch) / columns)
+    starts = range(0, max(1, inputs - rows + 1), rows)
+    for start in starts:
+        yield slice(start, inputs if start == starts[-1] else start + rows)
 
 
 def _runs(p: Population) -> list[tuple[str, slice, slice]]:

@@ -22,6 +22,7 @@ from core.data import Dataset, Split
 from core.network import (
     ACTIVATIONS,
     INITS,
+    LEAST_PRODUCTS,
     Array,
     Layers,
     Population,
@@ -37,8 +38,6 @@ from core.network import (
 
 EVALUATION_ROWS = 512
 SNAPSHOT_UNITS = 100  # first-layer units kept for images
-# BLAS multiplies matrices of fewer than 10^6 products by another kernel, which rounds differently.
-LEAST_PRODUCTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -293,17 +292,17 @@ def _advance_until_one_leaves(
         for k, (state, progress) in enumerate(members):
             if due[k]:
                 _record(state, progress, evaluations[k])
-                half = state.total / 2
-                if state.finished or state.update - state.per_epoch < half <= state.update:
+                every = state.config.eval_every or state.per_epoch
+                if state.finished or state.update - every < state.total / 2 <= state.update:
                     progress.snapshots.append(_snapshot(population, k, state))
     for k, state in enumerate(states):
         state.layers, state.scale, state.memory = save_member(population, k, len(state.memory))
     leavers = [k for k, s in enumerate(states) if s.finished and s.diverged is None]
     if leavers and data.test is not None:
-        loss, accuracy, confusion = evaluate(population, data, data.test)
-        for k in leavers:
-            members[k][1].test = {"loss": float(loss[k]), "accuracy": float(accuracy[k])}
-            members[k][1].confusion = confusion[k]
+        loss, accuracy, confusion = evaluate(_pack([states[k] for k in leavers], data), data, data.test)
+        for i, k in enumerate(leavers):
+            members[k][1].test = {"loss": float(loss[i]), "accuracy": float(accuracy[i])}
+            members[k][1].confusion = confusion[i]
     return [m for m in members if not m[0].finished]
 
 
@@ -313,7 +312,7 @@ def _pack(states: Sequence[State], data: Dataset) -> Population:
         [s.config for s in states],
         inputs,
         len(data.classes),
-        least_columns=LEAST_PRODUCTS // (inputs * states[0].config.batch_size) + 1,
+        least_columns=1 + math.ceil(LEAST_PRODUCTS / (inputs * min(states[0].config.batch_size, EVALUATION_ROWS))),
         memory=max(len(s.memory) for s in states),
     )
     for k, state in enumerate(states):

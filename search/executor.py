@@ -7,16 +7,10 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
 from multiprocessing import active_children, connection, get_context, parent_process
-from pathlib import Path
 from typing import Any
-
-try:
-    from core.network import faster_kernel
-except ImportError:
-    faster_kernel = lambda t: "SKYLAKEX"
 
 # What an executor raises when it lost the work: not the trial's fault, so the slice is sent again.
 LOST = (BrokenExecutor, CancelledError)
@@ -24,18 +18,16 @@ LOST = (BrokenExecutor, CancelledError)
 Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def worker_environment() -> dict[str, str]:
-    """Environment of a worker: one BLAS thread, for one worker runs per core, and the CPU's fastest kernel."""
-    threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    try:
-        kernel = faster_kernel(Path("/proc/cpuinfo").read_text())
-    except OSError:
-        kernel = None
-    return threads | ({"OPENBLAS_CORETYPE": kernel} if kernel else {}) | _given("OPENBLAS_CORETYPE")
+def set_worker_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """What workers inherit: one BLAS thread each, for one worker runs per core, and OpenBLAS's own choice of kernel.
 
-
-def _given(name: str) -> dict[str, str]:
-    return {name: os.environ[name]} if os.environ.get(name) else {}
+    A kernel forced from outside may be one that rounds differently in company (see core.network.blas_is_exact), or
+    half as fast; SIEVE_BLAS_KERNEL is the way to force one here.
+    """
+    environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment.pop("OPENBLAS_CORETYPE", None)
+    if kernel := environment.get("SIEVE_BLAS_KERNEL"):
+        environment["OPENBLAS_CORETYPE"] = kernel
 
 
 def _begin_worker() -> None:
@@ -55,7 +47,7 @@ class LocalExecutor(Executor):
     """`workers` processes, each replaced when it dies; the future of its slice then raises BrokenExecutor."""
 
     def __init__(self, workers: int) -> None:
-        os.environ.update(worker_environment())  # inherited by the workers, which import NumPy anew
+        set_worker_environment()  # the workers import NumPy anew
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         for thread in self._threads:

@@ -30,7 +30,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -93,7 +92,7 @@ def _each(raw: Mapping[Any, Any], convert: Callable[[Any, Any], Any]) -> dict[An
     return found
 
 
-def _that(holds: Callable[[Any], bool], expected: str) -> PlainValidator:
+def _that(holds: Callable[[Any], bool], expected: str) -> BeforeValidator:
     """Accepts what `holds`, for fields of several types: one mistake, not one for each type."""
 
     def check(value: Any) -> Any:
@@ -101,7 +100,7 @@ def _that(holds: Callable[[Any], bool], expected: str) -> PlainValidator:
             raise ValueError(f"expected {expected}, got {_short(value)}")
         return value
 
-    return PlainValidator(check)
+    return BeforeValidator(check)
 
 
 class _Model(BaseModel):
@@ -157,13 +156,13 @@ def _scalar(name: str, value: Any) -> Scalar:
     return str(value) if isinstance(value, list) else value
 
 
-def _mapping(convert: Callable[[str, Any], Any]) -> PlainValidator:
+def _mapping(convert: Callable[[str, Any], Any]) -> BeforeValidator:
     def check(raw: Any) -> dict[str, Any]:
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected a mapping of training settings, got {_short(raw)}")
         return _each(raw, convert)
 
-    return PlainValidator(check)
+    return BeforeValidator(check)
 
 
 Count = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
@@ -497,7 +496,7 @@ class Limits(_Model):
     minutes: float | None = Field(default=None, gt=0)
 
 
-def _metric(*more: str) -> PlainValidator:
+def _metric(*more: str) -> BeforeValidator:
     known = [*METRICS, *more]
     return _that(lambda v: v in known, f"one of {', '.join(known)}")
 

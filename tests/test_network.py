@@ -1,0 +1,231 @@
+"""A population against single networks written out by hand, in float64."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from core.network import (
+    backward,
+    blas_is_exact,
+    blas_kernel,
+    faster_kernel,
+    forward,
+    initial_layers,
+    load_member,
+    populate,
+    save_member,
+    shape_key,
+    softmax_loss,
+)
+from core.train import TrainConfig
+
+FUNCTIONS = {  # activation and derivative, both of z
+    "relu": (lambda z: np.where(z > 0, z, 0), lambda z: np.where(z > 0, 1.0, 0.0)),
+    "sigmoid": (lambda z: 1 / (1 + np.exp(-z)), lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2),
+    "tanh": (np.tanh, lambda z: 1 / np.cosh(z) ** 2),
+}
+
+
+def single(layers, activation, x, y, masks=()):
+    """Logits, losses, whether correct, and the gradients of the summed loss, for one network, one example at a time."""
+    f, derivative = FUNCTIONS[activation]
+    logits, losses, correct = [], [], []
+    gradients = [(np.zeros_like(w), np.zeros_like(b)) for w, b in layers]
+    for i in range(len(x)):
+        a, zs, inputs = x[i], [], []
+        for depth, (w, b) in enumerate(layers):
+            inputs.append(a)
+            zs.append(a @ w + b)
+            a = f(zs[-1])
+            if depth < len(masks):
+                a = a * masks[depth][i]
+        p = np.exp(zs[-1]) / np.exp(zs[-1]).sum()
+        logits.append(zs[-1])
+        losses.append(-np.log(p[y[i]]))
+        correct.append(p.argmax() == y[i])
+        g = p - np.eye(len(p))[y[i]]
+        for depth in reversed(range(len(layers))):
+            gradients[depth][0][...] += np.outer(inputs[depth], g)
+            gradients[depth][1][...] += g
+            if depth:
+                g = layers[depth][0] @ g
+                if masks:
+                    g = g * masks[depth - 1][i]
+                g = g * derivative(zs[depth - 1])
+    return np.array(logits), np.array(losses), np.array(correct), gradients
+
+
+configs = st.lists(
+    st.builds(
+        TrainConfig,
+        hidden_sizes=st.lists(st.integers(1, 6), max_size=3).map(tuple),
+        activation=st.sampled_from(list(FUNCTIONS)),
+        dropout=st.sampled_from([0.0, 0.5]),
+    ),
+    min_size=1,
+    max_size=5,
+).map(lambda found: sorted(found, key=shape_key))
+
+
+def draw_population(found, inputs, classes, rng, dtype=np.float64):
+    networks = [
+        [(w.astype(dtype), b.astype(dtype)) for w, b in initial_layers(c, inputs, classes, rng)] for c in found
+    ]
+    networks = [[(w, rng.normal(size=b.shape).astype(dtype)) for w, b in layers] for layers in networks]
+    population = populate(found, inputs, classes, least_columns=3, memory=0, dtype=dtype)
+    for k, layers in enumerate(networks):
+        load_member(population, k, layers, 1.0, ())
+    return population, networks
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs, st.integers(1, 7), st.integers(1, 5), st.integers(2, 5), st.integers(0, 2**32))
+def test_every_member_computes_what_it_would_alone(found, batch, inputs, classes, seed):
+    """Logits, losses and all gradients of each member are those of its network written out by hand."""
+    rng = np.random.default_rng(seed)
+    population, networks = draw_population(found, inputs, classes, rng)
+    x, y = rng.normal(size=(batch, inputs)), rng.integers(classes, size=batch)
+    masks = [
+        [rng.integers(2, size=(s.n, batch, w.shape[1])) * 2.0 for w in s.inner[::2]] if s.dropout else []
+        for s in population.stacks
+    ]
+    activity = forward(population, x, masks)
+    loss, correct, gradient = softmax_loss(activity.logits, y)
+    logits = activity.logits.copy()
+    g, inner = backward(population, activity, gradient)
+    for i, stack in enumerate(population.stacks):
+        for row, k in enumerate(range(stack.members.start, stack.members.stop)):
+            own_masks = [mask[row] for mask in masks[i]]
+            expected = single(networks[k], found[k].activation, x, y, own_masks)
+            assert_allclose(logits[k], expected[0], rtol=1e-9, atol=1e-12)
+            assert_allclose(loss[k], expected[1], rtol=1e-9, atol=1e-12)
+            assert_array_equal(correct[k], expected[2])
+            columns = population.columns(k)
+            own = [x.T @ g[:, columns], g[:, columns].sum(axis=0), *(part[row] for part in inner[i])]
+            for part, wanted in zip(own, (p for layer in expected[3] for p in layer), strict=True):
+                assert_allclose(part.reshape(wanted.shape), wanted, rtol=1e-8, atol=1e-11)
+
+
+def test_softmax_survives_scores_that_overflow():
+    """Scores of +-1000 give the exact loss, no overflow and a zero gradient where the answer is certain."""
+    loss, correct, gradient = softmax_loss(np.array([[[1000.0, 0.0, -1000.0], [-1000.0, 0.0, 0.0]]]), np.array([0, 1]))
+    assert_allclose(loss, [[0, np.log(2)]], atol=1e-12)
+    assert correct[0, 0]
+    assert_allclose(gradient, [[[0, 0, 0], [0, -0.5, 0.5]]], atol=1e-12)
+
+
+def test_scores_that_are_not_finite_give_a_loss_that_is_not_finite():
+    """An overflowed network is seen in its loss, and its neighbours' losses are untouched."""
+    logits = np.zeros((3, 2, 4), np.float32)
+    logits[1, 0, 2] = np.inf
+    with np.errstate(invalid="ignore"):
+        loss, correct, _ = softmax_loss(logits, np.array([0, 1]))
+    assert np.isfinite(loss).tolist() == [[True, True], [False, True], [True, True]]
+    assert not correct[1, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs, st.integers(0, 2**32))
+def test_saving_is_the_inverse_of_loading(found, seed):
+    """What is loaded into a member comes back from it, whatever its neighbours are."""
+    rng = np.random.default_rng(seed)
+    population = populate(found, 4, 3, least_columns=9, memory=2)
+    own = []
+    for k, config in enumerate(found):
+        layers, m, v = (initial_layers(config, 4, 3, rng) for _ in range(3))
+        own.append((layers, 0.25 + k, [m, v]))
+        load_member(population, k, *own[-1])
+    for k, (layers, scale, memory) in enumerate(own):
+        back, back_scale, back_memory = save_member(population, k, 2)
+        assert back_scale == scale
+        for wanted, got in zip([layers, *memory], [back, *back_memory], strict=True):
+            for (w, b), (w1, b1) in zip(wanted, got, strict=True):
+                assert_array_equal(w, w1)
+                assert_array_equal(b, b1)
+
+
+@pytest.mark.parametrize(
+    ("init", "deviations"),
+    [
+        ("he", [(2 / 300) ** 0.5, (2 / 200) ** 0.5]),
+        ("xavier", [(2 / 500) ** 0.5, (2 / 210) ** 0.5]),
+        ("lecun", [(1 / 300) ** 0.5, (1 / 200) ** 0.5]),
+        ("normal", [0.02, 0.02]),
+    ],
+)
+def test_initial_weights_have_the_deviation_of_their_scheme(init, deviations):
+    """Initial weights are centred with the published deviation; biases with their own."""
+    config = TrainConfig(hidden_sizes=(200,), init=init, weight_std=0.02, bias_std=0.5)
+    layers = initial_layers(config, 300, 10, np.random.default_rng(0))
+    for (w, b), deviation in zip(layers, deviations, strict=True):
+        assert w.dtype == b.dtype == np.float32
+        assert abs(w.mean()) < 5 * deviation / w.size**0.5
+        assert_allclose(w.std(), deviation, rtol=5 / w.size**0.5)
+        assert_allclose(b.std(), 0.5, rtol=0.6)
+
+
+def test_biases_start_at_zero_unless_told_otherwise():
+    """Without bias_std all biases are zero."""
+    assert not any(b.any() for _, b in initial_layers(TrainConfig(), 5, 3, np.random.default_rng(0)))
+
+
+FLAGS = "fpu avx2 fma avx512f avx512dq avx512bw avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernel", "wanted"),
+    [
+        (FLAGS, "Haswell", "SKYLAKEX"),
+        (FLAGS, "Zen", "SKYLAKEX"),
+        (FLAGS, "SkylakeX", None),
+        (FLAGS, "Cooperlake", None),
+        (FLAGS, "unknown", None),
+        (FLAGS.replace("avx512vl", ""), "Haswell", None),
+        ("fpu asimd", "neoversen1", None),
+    ],
+)
+def test_a_faster_kernel_is_asked_for_only_where_the_cpu_has_one(flags, kernel, wanted):
+    """AVX-512 in all four parts, and a kernel that does not use it."""
+    assert faster_kernel(flags, kernel) == wanted
+
+
+def test_the_kernel_is_the_one_that_threadpoolctl_names():
+    """The kernel read from NumPy's library is what an independent reader finds."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    names = {lib.get("architecture") for lib in threadpoolctl.threadpool_info() if lib["internal_api"] == "openblas"}
+    if not names:
+        pytest.skip("NumPy is not linked to OpenBLAS here")
+    assert blas_kernel() in names
+
+
+X86 = platform.machine().lower() in ("x86_64", "amd64") and Path("/proc/cpuinfo").exists()
+
+
+@pytest.mark.skipif(not X86, reason="the kernels are those of x86-64 on Linux")
+@pytest.mark.parametrize("kernel", ["HASWELL", "SKYLAKEX"])
+def test_the_kernel_is_known_and_probed_in_a_new_process(kernel):
+    """OPENBLAS_CORETYPE is seen in the kernel's name, and the AVX-512 kernel is exact."""
+    if kernel == "SKYLAKEX" and faster_kernel(Path("/proc/cpuinfo").read_text(), "Haswell") is None:
+        pytest.skip("this CPU has no AVX-512")
+    code = "from core.network import blas_is_exact, blas_kernel; print(blas_kernel(), blas_is_exact())"
+    environment = os.environ | {"OPENBLAS_CORETYPE": kernel, "OPENBLAS_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    name, exact = run.stdout.split()
+    if name == "unknown":
+        pytest.skip("NumPy is not linked to OpenBLAS here")
+    assert name.upper() == kernel
+    assert kernel == "HASWELL" or exact == "True"
+
+
+def test_the_probe_is_asked_once():
+    """The probe gives one answer per process."""
+    assert blas_is_exact() is blas_is_exact()
+    assert blas_is_exact.cache_info().misses == 1
