@@ -3,23 +3,32 @@ PYTHON ?= python3
 EXTRAS ?= dev
 BIN := .venv/bin
 
-.PHONY: install demo ui test lint bench clean
+# One BLAS thread per process, and the kernel that OpenBLAS itself would choose.
+export OPENBLAS_NUM_THREADS := 1
+export OMP_NUM_THREADS := 1
+unexport OPENBLAS_CORETYPE
+
+.PHONY: install demo ui test lint bench bench-search clean
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-demo: install
+demo: install # a first study on the handwritten digits, in under two minutes
 	$(BIN)/sieve launch studies/quickstart.yaml
-ui: install
+ui: install # MLflow and the Optuna dashboard on what is in mlruns/
 	$(BIN)/sieve ui
 test: install
-	OPENBLAS_NUM_THREADS=1 $(BIN)/pytest
+	$(BIN)/pytest
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+bench: install # speed, beside PyTorch and scikit-learn where they are installed
+	$(BIN)/python tests/bench/bench_train.py
+bench-search: install # regret, beside Optuna's samplers
+	$(BIN)/python tests/bench/bench_search.py
 clean:
 	rm -rf .venv

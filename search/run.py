@@ -228,7 +228,7 @@ class Runner:
                 deadline = min(deadline, self.clock() + STOP_SECONDS)
             else:
                 self._dispatch()
-            if not self.flying or self.clock() > deadline:
+            if not self.flying or self.stopping == "cancel" or self.clock() > deadline:
                 break
             for future in wait(self.flying, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 self._collect(self.flying.pop(future), future)

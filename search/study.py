@@ -556,8 +556,8 @@ class StudySpec(_Model):
         return {**raw, "confirm": complete(confirm)} | ({"search": search} if search else {})
 
     def _misfits(self) -> Iterator[Mistake]:
-        yield from _misfits(self)
-        yield from _clashes(self)
+        found = list(_misfits(self))
+        yield from found or _clashes(self)
 
     @cached_property
     def dimensions(self) -> dict[str, Range | Choice]:
@@ -626,9 +626,11 @@ def _misfits(spec: StudySpec) -> Iterator[Mistake]:
     for path, base in _bases(spec):
         for name in sorted(searched & base.keys()):
             yield (*path, name), "also searched; a setting is either searched or fixed"
-    clocks = searched | {name for name, value in spec.base.items() if value is not None}
-    if {"epochs", "updates"} <= clocks:
-        yield ("space" if "updates" in searched else "base", "updates"), "expected either epochs or updates, got both"
+    for clock, other in (("epochs", "updates"), ("updates", "epochs")):
+        clashing = [path for path, base in _bases(spec) if base.get(other) is not None] if clock in searched else []
+        yield from (((*path, other), f"expected either epochs or updates; {clock} are searched") for path in clashing)
+    if {"epochs", "updates"} <= searched:
+        yield ("space",), "expected either epochs or updates, got both"
     if isinstance(search, Grid) and isinstance(search.points, dict):
         for name in sorted(search.points.keys() - ranges.keys()):
             yield ("search", "points", name), _unknown(name, ranges)
@@ -693,7 +695,7 @@ def _clashes(spec: StudySpec) -> Iterator[Mistake]:
                 elif name in spec.base:
                     yield ("base", name), text
                 else:
-                    yield origin, str(error)
+                    yield origin, text if name in origin else str(error)
 
 
 def _corners(spec: StudySpec) -> Iterator[tuple[dict[str, Scalar], Place]]:
@@ -742,14 +744,13 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> StudySpec:
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
-        text = raw[:MOST_BYTES].decode("utf-8", errors="strict" if len(raw) <= MOST_BYTES else "ignore")
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path, or not UTF-8
-        what = getattr(error, "strerror", None) or (
-            "expected UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-        )
-        raise StudyFileError([f"{path}: {what}"]) from None
-    if len(raw) > MOST_BYTES:
-        raise StudyFileError([f"{path}: expected a study file of at most 1 MiB"])
+        if len(raw) > MOST_BYTES:
+            raise ValueError("expected a study file of at most 1 MiB")
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise StudyFileError([f"{path}: expected UTF-8 text"]) from None
+    except (OSError, ValueError) as error:
+        raise StudyFileError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from None
     return loads(text, str(path), overrides)
 
 
@@ -990,8 +991,7 @@ def _dotted(path: Place) -> str:
 
 def _short(value: Any) -> str:
     """The value in one short line."""
-    text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
-    text = text or repr(value)
+    text = json.dumps(value) if isinstance(value, bool | None) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

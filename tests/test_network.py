@@ -76,9 +76,7 @@ configs = st.lists(
 
 
 def draw_population(found, inputs, classes, rng, dtype=np.float64):
-    networks = [
-        [(w.astype(dtype), b.astype(dtype)) for w, b in initial_layers(c, inputs, classes, rng)] for c in found
-    ]
+    networks = [[(w.astype(dtype), b.astype(dtype)) for w, b in initial_layers(c, inputs, classes, rng)] for c in found]
     networks = [[(w, rng.normal(size=b.shape).astype(dtype)) for w, b in layers] for layers in networks]
     population = populate(found, inputs, classes, least_columns=3, memory=0, dtype=dtype)
     for k, layers in enumerate(networks):
@@ -98,8 +96,8 @@ def test_every_member_computes_what_it_would_alone(found, batch, inputs, classes
         for s in population.stacks
     ]
     activity = forward(population, x, masks)
-    loss, correct, gradient = softmax_loss(activity.logits, y)
     logits = activity.logits.copy()
+    loss, correct, gradient = softmax_loss(activity.logits, y)
     g, inner = backward(population, activity, gradient)
     for i, stack in enumerate(population.stacks):
         for row, k in enumerate(range(stack.members.start, stack.members.stop)):

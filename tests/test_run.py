@@ -1,0 +1,319 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import psutil
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from core.data import Dataset
+from core.train import TrainConfig, start
+from search import plan, run
+from search.datasets import open_dataset
+from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
+from search.outbox import Outbox
+from search.plan import Slot
+from search.settings import Settings
+from search.storage import Attempt
+from search.study import StudySpec
+from tests.conftest import QUICK
+
+Spec = Callable[..., StudySpec]
+
+
+def attempts(settings: Settings, study: str = "quick") -> list[Attempt]:
+    return run.stored(study, settings).attempts()
+
+
+def values(settings: Settings, study: str = "quick") -> dict[Slot, list[tuple[Any, ...]]]:
+    """All that a trial's result is, but for the time it took, per slot and attempt."""
+    found: dict[Slot, list[tuple[Any, ...]]] = {}
+    storage = run.stored(study, settings).storage
+    for a in attempts(settings, study):
+        attrs = {k: v for k, v in a.attrs.items() if k != "seconds"}
+        curve = storage.get_trial(a.trial_id).intermediate_values
+        found.setdefault(a.slot, []).append((a.state, a.value, json.dumps([a.params, attrs, curve], sort_keys=True)))
+    return found
+
+
+def sieve(settings: Settings, *words: str, **popen: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"SIEVE_HOME": str(settings.home)}
+    command = [sys.executable, "-c", "from search.cli import app; app()", *words]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen
+    )
+
+
+def study_file(folder: Path, **parts: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(QUICK | parts))
+    return path
+
+
+def slow(**parts: Any) -> dict[str, Any]:
+    """Parts of a study whose trials take some seconds."""
+    base = {"batch_size": 5, "epochs": 150, "hidden_sizes": [60], "patience": None}
+    space = {"eta": {"low": 1e-4, "high": 1e-2, "log": True}}
+    search = {"method": "random", "trials": 4}
+    return {"base": base, "space": space, "search": search, "confirm": False} | parts
+
+
+def test_every_slot_of_the_plan_is_done_exactly_once(settings: Settings, quick: Spec) -> None:
+    """A study runs each planned slot once, tells its state, and chooses by the mean over the confirm runs."""
+    outcome = run.launch(quick(), settings, workers=2)
+    done = attempts(settings)
+    assert sorted(str(a.slot) for a in done) == sorted(
+        [f"s{s}.i{i}.r0" for s in range(3) for i in range(4)] + [f"s3.i{i}.r{r}" for i in range(2) for r in (1, 2)]
+    )
+    assert {a.state.name for a in done} <= {"COMPLETE", "PRUNED"}
+    confirmed = [a for a in done if a.slot in outcome.chosen.slots]
+    assert len(confirmed) == outcome.chosen.n == 2
+    assert outcome.chosen.mean == pytest.approx(sum(a.value or 0 for a in confirmed) / 2)
+    assert outcome.test_accuracy is not None
+    assert outcome.test_accuracy[0] == pytest.approx(sum(a.attrs["test_accuracy"] for a in confirmed) / 2)
+
+
+def test_the_number_of_workers_changes_no_result(settings: Settings, quick: Spec, tmp_path: Path) -> None:
+    """One worker and three give the same trials with the same values, bit for bit where the BLAS allows it."""
+    other = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "other")})
+    run.launch(quick(), settings, workers=1)
+    run.launch(quick(), other, workers=3)
+    assert values(settings) == values(other)
+
+
+@pytest.mark.fault
+def test_a_killed_runner_is_taken_up_where_it_was(settings: Settings, tmp_path: Path) -> None:
+    """However often the runner is killed, the study ends with each slot done once and undisturbed values."""
+    path = study_file(tmp_path)
+    calm = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "calm")})
+    sieve(calm, "launch", str(path), "--workers", "2").communicate()
+    for seconds in (1.2, 1.6, 2.0):
+        runner = sieve(settings, "launch", str(path), "--workers", "2")
+        time.sleep(seconds)
+        runner.kill()
+        runner.communicate()
+    last = sieve(settings, "launch", str(path), "--workers", "1")
+    last.communicate()
+    assert last.returncode == 0
+    assert values(settings) == values(calm)
+    assert not list(settings.checkpoints.rglob("*.npz"))
+
+
+@pytest.mark.fault
+def test_workers_end_with_their_runner(settings: Settings, tmp_path: Path) -> None:
+    """A second after the runner was killed, none of its workers is left."""
+    runner = sieve(settings, "launch", str(study_file(tmp_path, **slow())), "--workers", "2")
+    workers = await_workers(runner.pid, 2)
+    runner.kill()
+    runner.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=5)
+    assert len(gone) == 2
+    assert not alive
+
+
+def await_workers(pid: int, count: int, timeout: float = 30.0) -> list[psutil.Process]:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with suppress(psutil.Error):
+            children = [p for p in psutil.Process(pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+            workers = [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+            if len(workers) >= count:
+                return workers
+        time.sleep(0.1)
+    raise AssertionError(f"{count} workers did not start within {timeout} s")
+
+
+@pytest.mark.fault
+def test_a_killed_worker_loses_only_its_slice(settings: Settings, tmp_path: Path) -> None:
+    """A worker killed in the middle of a slice is replaced, and the study ends with undisturbed values."""
+    path = study_file(tmp_path, **slow(base={"batch_size": 5, "epochs": 60, "hidden_sizes": [60]}))
+    calm = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "calm")})
+    sieve(calm, "launch", str(path), "--workers", "2").communicate()
+    runner = sieve(settings, "launch", str(path), "--workers", "2")
+    await_workers(runner.pid, 2)[0].kill()
+    time.sleep(1.5)
+    await_workers(runner.pid, 1)[0].kill()
+    runner.communicate(timeout=120)
+    assert runner.returncode == 0
+    assert values(settings) == values(calm)
+
+
+def test_another_spec_under_the_same_name_is_refused(settings: Settings, quick: Spec) -> None:
+    """A study of that name with other trials is a conflict that says where they differ; another text is not."""
+    small = {"method": "random", "trials": 2}
+    run.launch(quick(search=small, confirm=False), settings, workers=1)
+    run.launch(quick(search=small, confirm=False, description="other words"), settings, workers=1)
+    assert len(attempts(settings)) == 2
+    with pytest.raises(StudyConflict, match=r"search\.trials: 2 as stored, 3 as given"):
+        run.launch(quick(search=small | {"trials": 3}, confirm=False), settings, workers=1)
+
+
+def test_a_second_runner_is_refused(settings: Settings, quick: Spec) -> None:
+    """While a study has an owner, another launch of it says so and touches nothing."""
+    with run.owned(settings, "quick"), pytest.raises(StudyBusy, match="sieve stop quick"):
+        run.launch(quick(), settings)
+    assert not (settings.home / "sieve.db").exists()
+
+
+def test_divergence_is_a_result(settings: Settings, quick: Spec) -> None:
+    """A trial whose cost is not finite is recorded as pruned with its reason, and is never the choice."""
+    spec = quick(search={"method": "list", "settings": [{"eta": 1e9}, {"eta": 0.1}]}, space={}, confirm=False)
+    outcome = run.launch(spec, settings, workers=1)
+    diverged, fine = attempts(settings)
+    assert (diverged.state.name, fine.state.name) == ("PRUNED", "COMPLETE")
+    assert "diverged: the loss was" in diverged.attrs["reason"]
+    assert outcome.chosen.params == {"eta": 0.1}
+
+
+def test_a_study_without_any_result_has_failed(settings: Settings, quick: Spec) -> None:
+    """When every trial diverges there is nothing to choose, and the error gives the reason."""
+    spec = quick(search={"method": "list", "settings": [{"eta": 1e9}, {"eta": 1e10}]}, space={}, confirm=False)
+    with pytest.raises(StudyFailed, match="none of 2 trials has a result: diverged"):
+        run.launch(spec, settings, workers=1)
+
+
+def test_a_stopped_study_goes_on_later(settings: Settings, quick: Spec) -> None:
+    """`stop` saves what runs; the next launch takes it up and ends with the slots of the plan, each once."""
+    spec = quick(**slow())
+
+    def stop_soon(runner: run.Runner) -> None:
+        runner.stop()
+
+    with pytest.raises(Interrupted, match="goes on from here"):
+        run.launch(spec, settings, workers=2, started=stop_soon)
+    assert run.standing(settings, "quick")[0]["state"] == "stopped"
+    run.launch(spec, settings, workers=2)
+    assert sorted(str(a.slot) for a in attempts(settings)) == [f"s0.i{i}.r0" for i in range(4)]
+    assert run.standing(settings, "quick")[0]["waiting"] == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_a_signal_ends_the_slices_and_says_how_to_go_on(
+    settings: Settings, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """The first SIGINT or SIGTERM ends the process within ten seconds, with what runs saved."""
+    runner = sieve(settings, "launch", str(study_file(tmp_path, **slow())), "--workers", "2")
+    await_workers(runner.pid, 2)
+    time.sleep(1.0)
+    began = time.monotonic()
+    runner.send_signal(number)
+    _, shown = runner.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert runner.returncode == code
+    assert "goes on from here" in shown
+    assert "Traceback" not in shown
+
+
+def test_cancelled_trials_fail_and_can_be_retried(settings: Settings, tmp_path: Path, quick: Spec) -> None:
+    """`cancel` gives up the running trials with that reason; a retry makes a second attempt at each slot."""
+    spec = quick(**slow())
+    runner = sieve(settings, "launch", str(study_file(tmp_path, **slow())), "--workers", "2")
+    await_workers(runner.pid, 2)
+    asker = sieve(settings, "cancel", "quick")
+    assert "asked the runner" in asker.communicate()[0]
+    runner.communicate(timeout=30)
+    assert runner.returncode == 130
+    given_up = attempts(settings)
+    assert {a.attrs["reason"] for a in given_up} == {"cancelled by the user"}
+    run.launch(spec, settings, workers=2, retry_failed=True)
+    again = {a.slot: a for a in attempts(settings)}
+    assert {a.attempt for a in again.values()} == {2}
+    assert {a.state.name for a in again.values()} == {"COMPLETE"}
+    assert {slot: a.params for slot, a in again.items()} == {a.slot: a.params for a in given_up}
+
+
+def test_a_dry_run_writes_nothing(settings: Settings, quick: Spec) -> None:
+    """A dry run counts the trials per stage and names the first points, and leaves the home as it was: missing."""
+    plan_ = run.dry_run(quick(), settings, workers=1)
+    assert [(s["name"], s["trials"]) for s in plan_["stages"]][-1] == ("confirm", 4)
+    assert [s["trials"] for s in plan_["stages"]] == [4, 4, 4, 4]
+    assert plan_["first"][0] == plan.propose(quick(), [])[0].params
+    assert plan_["seconds"] > 0
+    assert not settings.home.exists()
+
+
+def test_exported_weights_predict_as_the_trial_did(settings: Settings, quick: Spec, tmp_path: Path) -> None:
+    """Prediction by hand from the exported arrays alone gives the test accuracy that was recorded."""
+    spec = quick(search={"method": "random", "trials": 3}, confirm=False)
+    outcome = run.launch(spec, settings, workers=1)
+    run.export("quick", tmp_path / "best.npz", settings)
+    with np.load(tmp_path / "best.npz", allow_pickle=False) as arrays:
+        data, _ = open_dataset(spec.dataset, settings)
+        assert data.test is not None
+        a = (data.test.x - arrays["mean"]) * arrays["scale"]
+        layers = sorted(key for key in arrays if key.startswith("W"))
+        for w in layers:
+            a = a @ arrays[w] + arrays["b" + w[1:]]
+            a = np.maximum(a, 0) if w != layers[-1] else a
+        assert json.loads(str(arrays["about"]))["study"] == "quick"
+    accuracy = float((a.argmax(axis=1) == data.test.y).mean())
+    assert outcome.test_accuracy is not None
+    assert accuracy == pytest.approx(outcome.test_accuracy[0], abs=1e-9)
+
+
+def test_everything_shown_is_in_the_outbox(settings: Settings, quick: Spec) -> None:
+    """Each trial's record holds its beginning, every point of its curves, three weight images, and its end."""
+    run.launch(quick(search={"method": "random", "trials": 2}, confirm=False), settings, workers=1)
+    with Outbox(settings.outbox) as box:
+        for a in attempts(settings):
+            records = box.records(f"quick/{a.slot}/1")
+            kinds = [record.kind for record in records]
+            assert kinds.count("trial_begun") == kinds.count("trial_ended") == 1
+            assert kinds.count("trial_weights") == 3
+            points = [p for r in records if r.kind == "trial_progress" for p in r.payload["points"]]
+            assert [step for step, *_ in points] == [1, 2, 3]
+            assert sorted(when for _, when, _ in points) == [when for _, when, _ in points]
+
+
+def test_an_unknown_study_lists_near_names(settings: Settings, quick: Spec) -> None:
+    """A misspelled name is answered with the names that are like it."""
+    run.launch(quick(search={"method": "random", "trials": 1}, confirm=False), settings, workers=1)
+    with pytest.raises(UnknownStudy, match="did you mean quick"):
+        run.stored("quikc", settings)
+
+
+def test_optuna_reads_the_study_as_its_own(settings: Settings, quick: Spec) -> None:
+    """Optuna finds the full space in every trial, the direction of the metric, and the same best value."""
+    outcome = run.launch(quick(), settings, workers=2)
+    study = optuna.load_study(study_name="quick", storage=settings.storage)
+    assert study.direction.name == "MAXIMIZE"
+    assert study.best_value == outcome.table[0].value
+    spaces = {str(sorted(t.distributions.items())) for t in study.get_trials()}
+    assert len(spaces) == 1
+    assert study.get_trials()[0].distributions["lambda"] == optuna.distributions.FloatDistribution(1e-6, 1e-1, log=True)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 900), min_size=1, max_size=30),
+    batches=st.lists(st.sampled_from([10, 20]), min_size=30, max_size=30),
+    workers=st.integers(1, 4),
+)
+@hypothesis_settings(deadline=None, max_examples=40)
+def test_packing_puts_each_trial_into_one_group_of_its_kind(sizes: list[int], batches: list[int], workers: int) -> None:
+    """Groups share batch size and order, hold every trial once, and are not wider than allowed."""
+    rng = np.random.default_rng(0)
+    data = Dataset.from_arrays(*[(rng.random((40, 3), np.float32), np.arange(40) % 2)] * 2)
+    trials = []
+    for i, (size, batch) in enumerate(zip(sizes, batches, strict=False)):
+        config = TrainConfig(hidden_sizes=(size,) if size else (), batch_size=batch)
+        state = start(config, data, (i,), (0,))
+        trials.append(run.Trial(Slot(0, i, 0), "random", {}, config, 1, i, i, data, state))
+    packed = run.groups(trials, workers)
+    assert sorted(t.number for group in packed for t in group) == list(range(len(trials)))
+    for group in packed:
+        assert len({t.config.batch_size for t in group}) == 1
+        assert len(group) == 1 or sum(t.columns for t in group) <= 2 * run.MOST_COLUMNS
+    if len(set(batches[: len(sizes)])) == 1:
+        assert len(packed) >= min(workers, len(trials))
