@@ -287,8 +287,9 @@ def _advance_until_one_leaves(
         _train(population, states, data, min(goal, *(_next_stop(s) for s in states)))
         due = [s.diverged is None and (_next_evaluation(s, s.update - 1) == s.update) for s in states]
         evaluations = _evaluations(population, states, data, any(due))
+        elapsed = clock() - began
         for state, cost in zip(states, costs, strict=True):
-            state.seconds += (clock() - began) * cost / sum(costs)
+            state.seconds += elapsed * cost / sum(costs)
         for k, (state, progress) in enumerate(members):
             if due[k]:
                 _record(state, progress, evaluations[k])

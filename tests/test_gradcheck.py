@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core import network
-from core.gradcheck import CONFIGS, check, numerical_gradient, relative_error
+from core.gradcheck import check, numerical_gradient, relative_error
 from core.train import TrainConfig
 
 

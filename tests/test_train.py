@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,9 +71,8 @@ DATA = dataset()
 )
 def test_a_wrong_setting_is_refused_by_name(given_settings, message):
     """The message names the field, what it may be and what was given."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         TrainConfig(**given_settings)
-    assert str(caught.value) == message
 
 
 def test_settings_are_called_lambda_and_hidden_sizes_in_files():
@@ -86,7 +86,7 @@ def test_settings_are_called_lambda_and_hidden_sizes_in_files():
 
 def test_an_unknown_setting_is_refused_by_name():
     """A typo is named."""
-    with pytest.raises(ValueError, match="^learning_rate: no such setting"):
+    with pytest.raises(ValueError, match=r"^learning_rate: no such setting"):
         TrainConfig.from_params({"learning_rate": 0.1})
 
 
@@ -98,7 +98,7 @@ def test_cost_counts_the_products_of_a_network():
 
 def test_a_batch_larger_than_the_data_is_refused():
     """Fewer examples than one batch cannot be trained on."""
-    with pytest.raises(ValueError, match="^batch_size: expected at most the 50 training examples, got 51"):
+    with pytest.raises(ValueError, match=r"^batch_size: expected at most the 50 training examples, got 51"):
         start(TrainConfig(batch_size=51), DATA, (0,))
 
 
@@ -118,7 +118,7 @@ small = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(small, min_size=1, max_size=4), st.integers(0, 2**32))
 def test_a_trial_ends_where_pytorch_takes_it(configs, seed):
     """Six updates over an epoch and a half, last partial batch included, match PyTorch's autograd and optimisers."""
@@ -197,7 +197,7 @@ def test_the_last_point_of_the_curves_is_that_of_the_final_weights(hidden):
 # Bits --------------------------------------------------------------------------------------------------------
 
 any_config = st.builds(
-    lambda rule, length, **rest: TrainConfig(batch_size=16, **rule, **length, **rest),
+    lambda rule, length, **rest: TrainConfig(**rule, **length, **rest),
     st.sampled_from([{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"optimizer": "adam"}]),
     st.sampled_from([{"epochs": 1}, {"epochs": 3}, {"epochs": None, "updates": 6}]),
     hidden_sizes=st.lists(st.sampled_from([1, 2, 7, 16, 33]), max_size=3).map(tuple),
@@ -238,12 +238,14 @@ def in_company(configs, data, slices, shuffle):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(any_config, min_size=2, max_size=6),
+    st.sampled_from([4, 16, 33]),
     st.sampled_from([DATA, dataset(inputs=300, examples=33, classes=2)]),
     st.sampled_from([(1,), (2, 1), (3,)]),
     st.randoms(use_true_random=False),
 )
-def test_a_trial_does_not_depend_on_its_company_or_slices(configs, data, slices, shuffle):
+def test_a_trial_does_not_depend_on_its_company_or_slices(configs, batch_size, data, slices, shuffle):
     """Weights, curves and test results alone and in company are equal: bit for bit where BLAS is exact."""
+    configs = [replace(c, batch_size=batch_size) for c in configs]
     states, evaluations, tests = in_company(configs, data, slices, shuffle)
     for k, config in enumerate(configs):
         state, curve, test = alone(config, k, data)
@@ -448,8 +450,8 @@ def test_time_is_shared_out_by_cost():
     configs = [TrainConfig(hidden_sizes=(h,), batch_size=10, epochs=2) for h in (10, 30)]
     states, _ = advance([start(c, DATA, (0,)) for c in configs], DATA, 2, clock=lambda: float(next(ticks)))
     small, large = (s.seconds for s in states)
-    assert 0 < small < large
-    assert large / small == pytest.approx(configs[1].cost(12, 3) / configs[0].cost(12, 3), rel=0.5)
+    assert small + large == pytest.approx(2)  # one tick per epoch
+    assert large / small == pytest.approx(configs[1].cost(12, 3) / configs[0].cost(12, 3))
 
 
 # Learning ----------------------------------------------------------------------------------------------------
