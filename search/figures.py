@@ -67,7 +67,7 @@ def _stretch(rows: Array) -> Array:
     deviation[deviation == 0] = 1
     centred *= 51 / deviation  # 127.5 / 2.5
     centred += 127.5
-    return np.clip(centred, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(centred, 0, 255), np.uint8)
 
 
 def _mosaic(tiles: Array, names: Sequence[str] | None) -> Image.Image:
@@ -140,7 +140,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def thumbnail(image: Image.Image, largest: int = 512) -> bytes:
+def thumbnail(image: Image.Image, largest: int = 320) -> bytes:
     """WebP, shrunk to at most `largest` pixels a side."""
     factor = largest / max(image.size)
     if factor < 1:
@@ -201,7 +201,7 @@ def curves(x: ArrayLike, history: Mapping[str, ArrayLike], *, title: str = "", x
         axis.set(xlabel=x_label, ylabel=panel)
         axis.grid(alpha=0.3)
         if panel != "eta":
-            axis.legend(loc="best" if len(tables) < 3 else "upper right" if panel != "accuracy" else "lower right")
+            axis.legend(loc="lower right" if panel == "accuracy" else "upper right")
     return figure
 
 

@@ -1,7 +1,7 @@
 """A study file as an objective for plain `study.optimize`, in a notebook or beside code of one's own.
 
-    spec = study.load(Path("studies/quickstart.yaml"))
-    optuna.create_study(direction="maximize").optimize(objective(spec), n_trials=20)
+spec = study.load(Path("studies/quickstart.yaml"))
+optuna.create_study(direction="maximize").optimize(objective(spec), n_trials=20)
 """
 
 from __future__ import annotations

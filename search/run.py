@@ -33,12 +33,21 @@ from core.data import Dataset
 from core.train import Progress, State, TrainConfig, advance, may_share, start
 from search import __version__, checkpoint, outbox, plan
 from search.datasets import open_dataset
-from search.errors import Interrupted, SieveError, StudyBusy, StudyFailed
+from search.errors import Interrupted, SieveError, StudyBusy, StudyFailed, UnknownStudy
 from search.executor import LOST, open_executor
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
 from search.settings import Settings
-from search.storage import Attempt, StudyRecord, distribution, finished_attempts, open_storage, register, study_names
+from search.storage import (
+    Attempt,
+    StudyRecord,
+    distribution,
+    finished_attempts,
+    is_empty,
+    open_storage,
+    register,
+    study_names,
+)
 from search.study import Choice, StudySpec
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
@@ -447,9 +456,7 @@ class Runner:
         records = [outbox.trial_progress(study, uid, trial.state.update, now, points)] if points else []
         classes = None if trial.config.hidden_sizes else data.classes
         records += [
-            outbox.trial_weights(
-                study, uid, step, now, step, weights, data.image_shape, data.mean, data.scale, classes
-            )
+            outbox.trial_weights(study, uid, step, now, step, weights, data.image_shape, data.mean, data.scale, classes)
             for step, weights in part.snapshots
         ]
         if trial.state.finished:
@@ -661,7 +668,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def stored(study: str, settings: Settings) -> StudyRecord:
-    """The record of a study that exists. Raises UnknownStudy."""
+    """The record of a study that exists. Raises UnknownStudy, and makes nothing."""
+    if is_empty(settings.storage):
+        raise UnknownStudy(study)
     return StudyRecord(open_storage(settings.storage), study)
 
 
@@ -692,12 +701,15 @@ def dry_run(spec: StudySpec, settings: Settings, *, workers: int | None = None) 
 
 def standing(settings: Settings, study: str | None = None) -> list[dict[str, Any]]:
     """How each study (or this one) stands, as rows of plain values. Raises UnknownStudy."""
+    if study is not None:
+        names = [stored(study, settings).name]
+    else:
+        names = [] if is_empty(settings.storage) else study_names(open_storage(settings.storage))
+    if not names:
+        return []
     storage = open_storage(settings.storage)
     with Outbox(settings.outbox) as box:
-        return [
-            _standing(StudyRecord(storage, name), box, settings)
-            for name in ([study] if study else study_names(storage))
-        ]
+        return [_standing(StudyRecord(storage, name), box, settings) for name in names]
 
 
 def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -51,6 +52,11 @@ def open_storage(url: str) -> RDBStorage:
 
     storage.engine.dispose()  # connections from before the listener
     return storage
+
+
+def is_empty(url: str) -> bool:
+    """Whether nothing was ever stored there, as far as that can be told without making it."""
+    return url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists()
 
 
 def distribution(dimension: Range | Choice) -> BaseDistribution:

@@ -1,0 +1,107 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from search.settings import Settings
+from tests.conftest import QUICK
+
+SMALL = QUICK | {"search": {"method": "random", "trials": 3}, "confirm": False}
+
+
+def sieve(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command in a process of its own, as a user does."""
+    command = [str(Path(sys.executable).with_name("sieve")), *words]
+    given = os.environ | {"SIEVE_HOME": str(home), "COLUMNS": "200"} | environment
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def test_mistakes_in_study_files_are_one_line_each(tmp_path: Path) -> None:
+    """`validate` names file, place and mend of each mistake, and exits with 2."""
+    path = tmp_path / "x.yaml"
+    space = {"lambda": {"low": 0.0, "high": 1.0, "log": True}, "etta": [1]}
+    path.write_text(yaml.safe_dump(SMALL | {"space": space}))
+    done = sieve(tmp_path, "validate", str(path))
+    assert done.returncode == 2
+    assert sorted(done.stderr.splitlines()) == [
+        f"{path}: space.etta: unknown key; did you mean eta?",
+        f"{path}: space.lambda.low: a log range needs low > 0, got 0.0",
+    ]
+
+
+def test_a_study_from_launch_to_export(tmp_path: Path, file: Path) -> None:
+    """Launch, status, best and export of one study agree with each other."""
+    launched = sieve(tmp_path / "home", "launch", str(file), "--json", "--workers", "1")
+    assert launched.returncode == 0, launched.stderr
+    outcome = json.loads(launched.stdout)
+    assert json.loads(sieve(tmp_path / "home", "best", "quick", "--json").stdout)["params"] == outcome["params"]
+    (row,) = json.loads(sieve(tmp_path / "home", "status", "--json").stdout)
+    assert (row["complete"] + row["pruned"], row["waiting"], row["state"]) == (3, 0, "done")
+    written = sieve(tmp_path / "home", "export", "quick", "--weights", str(tmp_path / "w.npz"))
+    assert written.returncode == 0, written.stderr
+    assert (tmp_path / "w.npz").exists()
+
+
+def test_values_can_be_set_on_the_command_line(tmp_path: Path, file: Path) -> None:
+    """--set changes what the file says before it is checked; a mistake in it names the option."""
+    done = sieve(tmp_path / "home", "launch", str(file), "--dry-run", "--json", "--set", "search.trials=7")
+    assert json.loads(done.stdout)["stages"] == [{"name": "random", "trials": 7}]
+    wrong = sieve(tmp_path / "home", "launch", str(file), "--set", "search.trials=none")
+    assert wrong.returncode == 2
+    assert "search.trials" in wrong.stderr
+
+
+@pytest.mark.parametrize("words", [["status", "nope"], ["best", "nope"], ["stop", "nope"], ["retry", "nope"]])
+def test_an_unknown_study_is_wrong_input(tmp_path: Path, words: list[str]) -> None:
+    """A study that does not exist exits with 2 and one line, whatever the command."""
+    done = sieve(tmp_path / "home", *words)
+    assert done.returncode == 2
+    assert "no study is called 'nope'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_dataset_says_how_to_get_it(tmp_path: Path) -> None:
+    """Without CIFAR-10 on the machine, launch exits with 2 and names the command that fetches it."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"dataset": "cifar10"}))
+    done = sieve(tmp_path / "home", "launch", str(path), SIEVE_DATA_DIR=str(tmp_path))
+    assert done.returncode == 2
+    assert "sieve data fetch cifar10" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_light() -> None:
+    """`--help` imports none of the heavy packages."""
+    code = (
+        "import sys; from search.cli import app; app(['--help'], standalone_mode=False); "
+        "heavy = {'numpy', 'optuna', 'mlflow', 'matplotlib', 'pydantic', 'scipy'} & sys.modules.keys(); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradients_are_checked_from_the_command_line(tmp_path: Path) -> None:
+    """`gradcheck` prints a relative error below 1e-7 for every configuration."""
+    done = sieve(tmp_path, "gradcheck", "--json")
+    assert done.returncode == 0, done.stderr
+    assert max(row["numeric"] for row in json.loads(done.stdout)) < 1e-7
+
+
+def test_settings_come_from_the_environment(tmp_path: Path) -> None:
+    """A variable that cannot be meant is named, and the exit code is 2."""
+    done = sieve(tmp_path, "status", SIEVE_EXECUTOR="dusk://x")
+    assert done.returncode == 2
+    assert "SIEVE_EXECUTOR" in done.stderr
+    assert Settings.from_environment({"SIEVE_HOME": str(tmp_path)}).executor == "local"
