@@ -24,7 +24,7 @@ def set_worker_environment(environment: MutableMapping[str, str] = os.environ) -
     A kernel forced from outside may be one that rounds differently in company (see core.network.blas_is_exact), or
     half as fast; SIEVE_BLAS_KERNEL is the way to force one here.
     """
-    environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     environment.pop("OPENBLAS_CORETYPE", None)
     if kernel := environment.get("SIEVE_BLAS_KERNEL"):
         environment["OPENBLAS_CORETYPE"] = kernel

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager, suppress
@@ -206,7 +206,7 @@ class Runner:
 
         attempts = record.attempts()
         self.settled: dict[Slot, Attempt] = finished_attempts(attempts)
-        self.tries = {slot: sum(a.slot == slot for a in attempts) for slot in {a.slot for a in attempts}}
+        self.tries = Counter(a.slot for a in attempts)
         failed = {a.slot for a in attempts if a.state == TrialState.FAIL} - self.settled.keys()
         self.failed: dict[Slot, Params] = (
             {} if retry_failed else {a.slot: a.params for a in attempts if a.slot in failed}
@@ -214,6 +214,10 @@ class Runner:
         noted = record.noted()
         uids = {f"{spec.name}/{a.slot}/{a.attempt}": a.trial_id for a in attempts}
         self.unnoted = {uid: trial_id for uid, trial_id in uids.items() if trial_id not in noted}
+        self.best = next(iter(best_first(spec, self.settled.values())), None)
+        self.states = Counter(a.state for a in self.settled.values())
+        self.planned = sum(stage.trials for stage in plan.stages(spec))
+        self.proposed_at = -1
         self.before = len(self.settled) + len(self.failed)  # done by earlier launches
         for attempt in attempts:
             if attempt.state == TrialState.RUNNING:
@@ -248,6 +252,10 @@ class Runner:
         show(self.status())
 
     def _propose(self) -> None:
+        """Ask the plan again, if anything was settled since it was last asked."""
+        if (settled := len(self.settled) + len(self.failed)) == self.proposed_at:
+            return
+        self.proposed_at = settled
         finished = results(self.spec, self.settled.values(), self.failed)
         known = self.settled.keys() | self.failed.keys() | {t.slot for t in self.ready}
         known |= {t.slot for flight in self.flying.values() for t in flight.trials}
@@ -287,6 +295,7 @@ class Runner:
 
     def _prepare(self, proposal: Proposal, attempt: int, trial_id: int, number: int) -> Trial:
         """What the slot's parameters mean: config, data, and a state before the first update."""
+        self.stage = proposal.stage
         dataset = self.spec.dataset_of(proposal.stage).model_dump_json()
         if dataset not in self.datasets:
             self.datasets[dataset], notes = open_dataset(self.spec.dataset_of(proposal.stage), self.settings)
@@ -295,7 +304,8 @@ class Runner:
         return prepare(self.spec, self.datasets[dataset], proposal, attempt, trial_id, number)
 
     def _begin(self, proposal: Proposal) -> Trial:
-        attempt = self.tries[proposal.slot] = self.tries.get(proposal.slot, 0) + 1
+        self.tries[proposal.slot] += 1
+        attempt = self.tries[proposal.slot]
         trial_id, number = self.record.begin(proposal, attempt, self.distributions)
         trial = self._prepare(proposal, attempt, trial_id, number)
         self.box.put([self._trial_begun(trial)])
@@ -372,9 +382,11 @@ class Runner:
         attrs = self._results(trial) | ({"reason": diverged} if diverged else {})
         image = artifact_id(trial.uid(self.spec.name))
         self.record.finish(trial.trial_id, state, None if diverged else value, attrs, image)
-        self.settled[trial.slot] = Attempt(
-            trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, state, value, attrs
-        )
+        settled = Attempt(trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, state, value, attrs)
+        self.settled[trial.slot] = settled
+        self.states[state] += 1
+        if score(self.spec, settled) > (score(self.spec, self.best) if self.best else WORST):
+            self.best = settled
         checkpoint.remove(self._checkpoint(trial))
 
     def _fail(self, trial: Trial, reason: str, state: TrialState = TrialState.FAIL) -> None:
@@ -480,28 +492,23 @@ class Runner:
 
     def status(self) -> Status:
         flying = [trial for flight in self.flying.values() for trial in flight.trials]
-        stages = plan.stages(self.spec)
-        current = max([t.slot.stage for t in flying] or [s.stage for s in self.settled] or [0])
-        done = list(self.settled.values())
-        best = next(iter(best_first(self.spec, done)), None)
-        planned = sum(stage.trials for stage in stages)
+        done = len(self.settled) + len(self.failed)
+        fresh = done - self.before
         elapsed = self.clock() - self.began
-        fresh = len(done) + len(self.failed) - self.before
-        left = planned - len(done) - len(self.failed)
-        recent = [(when, epochs) for when, epochs in self.epoch_times]
-        window = self.clock() - (recent[0][0] if len(recent) == self.epoch_times.maxlen else self.began)
+        full = len(self.epoch_times) == self.epoch_times.maxlen
+        window = self.clock() - self.epoch_times[0][0] if full else elapsed
         return Status(
             study=self.spec.name,
-            stage=stages[current].name,
-            planned=planned,
-            complete=sum(a.state == TrialState.COMPLETE for a in done),
-            pruned=sum(a.state == TrialState.PRUNED for a in done),
+            stage=self.stage,
+            planned=self.planned,
+            complete=self.states[TrialState.COMPLETE],
+            pruned=self.states[TrialState.PRUNED],
             failed=len(self.failed),
             running=len(flying) + len(self.ready),
-            best=best.value if best else None,
-            best_params=best.params if best else {},
-            epochs_per_second=sum(epochs for _, epochs in recent) / max(window, 1e-3),
-            seconds_left=elapsed / fresh * left if fresh else None,
+            best=self.best.value if self.best else None,
+            best_params=self.best.params if self.best else {},
+            epochs_per_second=sum(epochs for _, epochs in self.epoch_times) / max(window, 1e-3),
+            seconds_left=elapsed / fresh * (self.planned - done) if fresh else None,
         )
 
     def write_notes(self, every: float = 0.0) -> None:

@@ -128,7 +128,7 @@ class StudyRecord:
     def add_curves(self, curves: Mapping[int, Sequence[tuple[int, float]]]) -> None:
         """Intermediate values of trials, {trial id: [(step, value)]}, in one transaction.
 
-        Writing them again is harmless. Optuna's own call takes one transaction for each value, which costs 19 times as much.
+        Writing them again is harmless. Optuna's own call takes a transaction for each value, at 19 times the cost.
         """
         table = sqlalchemy.table(
             "trial_intermediate_values",
