@@ -327,7 +327,7 @@ def _train(population: Population, states: Sequence[State], data: Dataset, until
     updates = np.arange(first.update, until)
     etas = np.array([optim.SCHEDULES[s.config.schedule](s.config, updates, s.per_epoch, s.total) for s in states])
     fixed = optim.fixed_rates([s.config for s in states])
-    loss_sum, accuracy_sum = np.zeros(len(states)), np.zeros(len(states))
+    loss_sum, accuracy_sum = np.array([s.running[:2] for s in states]).T
     for t, (x, y, n) in zip(updates, batches(data, order, first.config.batch_size, first.update, until), strict=True):
         rates = optim.rates(fixed, etas[:, t - first.update], int(t))
         loss, correct = step(population, x, y, n, rates, _dropout_masks(population, states, len(x)))
@@ -339,8 +339,7 @@ def _train(population: Population, states: Sequence[State], data: Dataset, until
     done = int(t) + 1 - first.update
     for k, state in enumerate(states):
         state.update += done
-        a, b, c = state.running
-        state.running = (a + float(loss_sum[k]), b + float(accuracy_sum[k]), c + done)
+        state.running = float(loss_sum[k]), float(accuracy_sum[k]), state.running[2] + done
         if not math.isfinite(mean_loss[k]):
             state.finished, state.diverged = (
                 True,

@@ -130,8 +130,7 @@ class Outbox:
 
     def records(self, uid: str, kind: str | None = None) -> list[Record]:
         """All records of a uid, sent or not, less those that the server refused."""
-        rows = self._select("uid = ? AND state != 'refused' ORDER BY id", uid)
-        return [row for row in rows if kind in (None, row.kind)]
+        return self._select("uid = ? AND kind = ifnull(?, kind) AND state != 'refused' ORDER BY id", uid, kind)
 
     def _select(self, condition: str, *values: Any) -> list[Record]:
         rows = self._db.execute(f"SELECT {COLUMNS} FROM records WHERE {condition}", values)
@@ -325,7 +324,7 @@ def trial_ended(
 
     results: e.g. val_accuracy, best_val_accuracy, test_accuracy; shown as result/NAME.
     confusion: [c, c] counts, true class by predicted class. weights: [(W [d_in, d_out], b [d_out]), ...].
-    reason: its first line is what tables show; a traceback may follow.
+    reason: one line, or a traceback, whose last line is what tables show.
     best: draw the curves of this trial as a figure too. Raises ValueError for an unknown status.
     """
     if status not in ("FINISHED", "FAILED", "KILLED"):

@@ -1,0 +1,705 @@
+"""Publish the outbox to MLflow: everything once, whatever fails. The only module that imports mlflow.
+
+A publisher is a process of its own. It asks MLflow for a run by the tag `sieve.uid`, creates it with that
+tag if there is none, and deletes twins that a lost reply left behind; metrics carry the time at which they
+were recorded, files have names that follow from what they show. So sending a record again changes nothing,
+and a record is marked as sent only after the server has it.
+"""
+
+import base64
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import filelock
+import psutil
+from PIL.Image import Image
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
+
+from search import figures
+from search.outbox import Outbox, Record, artifact_id, progress_points, unpack
+from search.settings import Settings
+
+POLL_SECONDS = 0.3
+PATIENCE = 30.0  # seconds without success after which a publisher that nobody waits for gives up
+BATCH = 64  # records fetched at a time
+MOST_FAILURES = 10  # of one trial's records while the server answers everything else
+UID = "sieve.uid"
+VIEW = "sieve"
+NOTE = "mlflow.note.content"
+LOG10 = "log10_"
+LONGEST_PARAM = 6000  # MLflow cuts longer ones without a word
+LONGEST_DIGEST = 36
+LONGEST_NOTE = 8000
+NEVER = (400, 413, 422)  # a server that answers so will answer so again
+
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the retrying is ours
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "DO_NOT_TRACK": "true",
+}
+
+
+class _Waiting(Exception):
+    """Something could not be sent now; it may be later."""
+
+
+def publish(
+    settings: Settings,
+    *,
+    follow: bool = False,
+    parent: int | None = None,
+    study: str | None = None,
+    timeout: float | None = None,
+) -> int:
+    """Send what the outbox holds (of one study, or all) and say how many records are left in it.
+
+    follow: go on while the process `parent` lives; without, drain the outbox once, and send again what
+    the server refused or has lost. After `timeout` seconds (30) in which nothing could be sent it
+    gives up, but never while the parent lives. A home has one publisher at a time: a second one waits.
+    """
+    patience = PATIENCE if timeout is None else timeout
+    wanted = _watch(parent) if follow else lambda: False
+    if follow:
+        os.nice(10)
+    with Outbox(settings.outbox) as box:
+        with _turn(settings, lambda: wanted() or box.unsent(study) > 0, wanted, patience) as mine:
+            if mine:
+                _drain(_Publisher(settings, box), wanted, study, patience, repair=not follow)
+        counts = [n for name, n in box.counts().items() if study in (None, name)]
+        return sum(n.unsent + n.refused for n in counts)
+
+
+def redo(settings: Settings, study: str | None = None) -> int:
+    """Mark everything (of one study) as unsent, so that it is published again; says how many records."""
+    with Outbox(settings.outbox) as box:
+        return box.requeue(study=study)
+
+
+def links(settings: Settings, experiment_id: str) -> dict[str, str]:
+    """The addresses of a study in MLflow: its charts and its table (the saved view), and its summary run."""
+    page = f"{settings.mlflow_ui}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    summaries = quote("tags.kind = 'summary'")
+    return {
+        "charts": f"{page}&compareRunsMode=CHART&viewStateShareKey={VIEW}",
+        "table": f"{page}&viewStateShareKey={VIEW}",
+        "summary": f"{page}&searchFilter={summaries}",
+    }
+
+
+def run_link(settings: Settings, experiment_id: str, run_id: str) -> str:
+    """The address of one run in MLflow."""
+    return f"{settings.mlflow_ui}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def _watch(parent: int | None) -> Callable[[], bool]:
+    """Whether that process still lives, as a function; without one it is for ever."""
+    if parent is None:
+        return lambda: True
+    try:
+        process = psutil.Process(parent)
+    except psutil.NoSuchProcess:
+        return lambda: False
+
+    def alive() -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return alive
+
+
+@contextmanager
+def _turn(
+    settings: Settings, needed: Callable[[], bool], wanted: Callable[[], bool], patience: float
+) -> Iterator[bool]:
+    """Hold the lock of the home's one publisher; False if another kept it and there is nothing to wait for."""
+    settings.locks.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(settings.locks / "publisher.lock")
+    since = time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=POLL_SECONDS)
+            break
+        except filelock.Timeout:
+            if not needed() or (not wanted() and time.monotonic() - since > patience):
+                yield False
+                return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _drain(
+    publisher: "_Publisher", wanted: Callable[[], bool], study: str | None, patience: float, *, repair: bool
+) -> None:
+    """Send batch after batch until nothing is left and nobody wants more, waiting longer after each failure."""
+
+    def tired(state: RetryCallState) -> bool:
+        return not wanted() and (state.seconds_since_start or 0.0) > patience
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(_Waiting),
+        wait=wait_exponential_jitter(initial=0.25, max=5),
+        stop=tired,
+        reraise=True,
+    )
+    try:
+        if repair:
+            publisher.box.requeue(study=study, refused_only=True)
+            retrying(publisher.repair, study)
+        while True:
+            last_look = not wanted()
+            if records := publisher.box.pending(BATCH, study):
+                retrying(publisher.send, records)
+            elif last_look:
+                return
+            else:
+                time.sleep(POLL_SECONDS)
+    except _Waiting:
+        return
+
+
+class _Publisher:
+    """One connection to MLflow, and what it knows of the runs there."""
+
+    def __init__(self, settings: Settings, box: Outbox) -> None:
+        self.settings, self.box = settings, box
+        self.runs: dict[str, tuple[str, str]] = {}  # uid -> (experiment id, run id)
+        self.experiments: dict[str, str] = {}
+        self.failures: dict[str, int] = {}
+        self._client: Any = None
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client. Opening an embedded store may fail, so this is tried again like any other call."""
+        if self._client is None:
+            for name, value in ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            for logger in ("alembic", "urllib3"):
+                logging.getLogger(logger).setLevel(logging.ERROR)
+            from mlflow import MlflowClient
+
+            if self.settings.tracking_uri.startswith("sqlite:///"):
+                Path(self.settings.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            self._client = MlflowClient(tracking_uri=self.settings.tracking_uri)
+        return self._client
+
+    # ---- sending, and what to do when it fails
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Send records, those of one trial together. Raises _Waiting if some are to be tried again."""
+        groups: dict[tuple[str, str], list[Record]] = {}
+        for record in records:
+            groups.setdefault((record.uid, record.kind if record.uid == record.study else ""), []).append(record)
+        waiting: str | None = None
+        for group in groups.values():
+            try:
+                self._send_group(group)
+            except Exception as error:
+                if not _is_refusal(error):
+                    waiting = f"{type(error).__name__}: {error}"
+                    self._after_failure(group, error)
+                elif len(group) == 1:
+                    self.box.refuse([group[0].id], _one_line(error))
+                else:
+                    self._find_culprits(group)
+        if waiting:
+            raise _Waiting(waiting)
+
+    def _send_group(self, group: Sequence[Record]) -> None:
+        if group[0].uid == group[0].study:
+            send = self._study_begun if group[0].kind == "study_begun" else self._study_ended
+            for record in group:
+                send(record)
+        else:
+            self._trial(group)
+        self.box.mark_sent([record.id for record in group])
+        self.failures.pop(group[0].uid, None)
+
+    def _find_culprits(self, group: Sequence[Record]) -> None:
+        """One of these was refused: send each by itself, and set aside those that are at fault."""
+        for record in group:
+            try:
+                self._send_group([record])
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise _Waiting(str(error)) from error
+                self.box.refuse([record.id], _one_line(error))
+
+    def _after_failure(self, group: Sequence[Record], error: Exception) -> None:
+        """Go on with others if the server answers; a trial that fails again and again is set aside."""
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":  # MLflow was emptied meanwhile
+            self.repair(group[0].study)
+        try:
+            self.client.search_experiments(max_results=1)
+        except Exception as down:
+            raise _Waiting(_one_line(down)) from down
+        uid = group[0].uid
+        self.failures[uid] = self.failures.get(uid, 0) + 1
+        if self.failures[uid] >= MOST_FAILURES:
+            self.failures.pop(uid)
+            self.box.refuse([record.id for record in group], _one_line(error))
+
+    def repair(self, study: str | None = None) -> None:
+        """Make unsent again what MLflow has no run for any more. Raises _Waiting."""
+        for name in [name for name in self.box.counts() if study in (None, name)]:
+            try:
+                found = self.client.get_experiment_by_name(name)
+                present = self._run_ids(found.experiment_id) if found else set()
+            except Exception as error:
+                raise _Waiting(_one_line(error)) from error
+            linked = self.box.links(name)
+            lost = [uid for uid, (_, run_id) in linked.items() if run_id not in present]
+            for uid in lost:
+                self.runs.pop(uid, None)
+                self.box.requeue(study=name, uid=uid)
+            if found is None:
+                self.experiments.pop(name, None)
+                self.box.requeue(study=name)
+
+    def _run_ids(self, experiment_id: str) -> set[str]:
+        from mlflow.entities import ViewType
+
+        ids, token = set(), None
+        while True:
+            page = self.client.search_runs([experiment_id], "", ViewType.ALL, 1000, page_token=token)
+            ids |= {run.info.run_id for run in page}
+            if not (token := page.token):
+                return ids
+
+    # ---- the study
+
+    def _experiment(self, study: str) -> str:
+        """The id of the study's experiment, made if need be; never MLflow's experiment 0."""
+        from mlflow.exceptions import MlflowException
+
+        if study not in self.experiments:
+            found = self.client.get_experiment_by_name(study)
+            if found is None:
+                embedded = self.settings.tracking_uri.startswith("sqlite:")
+                location = (self.settings.artifacts / study).as_uri() if embedded else None
+                try:
+                    self.client.create_experiment(study, location)
+                except MlflowException as error:  # made meanwhile, or by a call whose reply was lost
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                found = self.client.get_experiment_by_name(study)
+            if found.lifecycle_stage != "active":
+                self.client.restore_experiment(found.experiment_id)
+            self.experiments[study] = found.experiment_id
+        return self.experiments[study]
+
+    def _begun(self, study: str) -> dict[str, Any]:
+        """What the study said of itself at its start."""
+        records = self.box.records(study, "study_begun")
+        return records[0].payload if records else {"spec": {}, "dimensions": {}, "tags": {}, "optuna_study_id": None}
+
+    def _study_begun(self, record: Record) -> None:
+        experiment_id, begun = self._experiment(record.study), record.payload
+        spec = begun["spec"]
+        dashboard = self._dashboard(begun["optuna_study_id"])
+        text = f"{spec.get('description') or ''}\n\n[Charts]({links(self.settings, experiment_id)['charts']})"
+        text += f" · [Optuna dashboard]({dashboard})\n\n```json\n{json.dumps(spec, indent=2)}\n```"
+        tags = begun["tags"] | {
+            "sieve.study": record.study,
+            NOTE: text.strip()[:LONGEST_NOTE],
+            f"mlflow.sharedViewState.{VIEW}": saved_view(spec, begun["dimensions"], _ms(record.when)),
+        }
+        for key, value in tags.items():
+            self.client.set_experiment_tag(experiment_id, key, str(value))
+
+    def _study_ended(self, record: Record) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        summary = record.payload["summary"]
+        experiment_id, run_id = self._run(record.study, record.study)
+        numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        chosen = summary.get("params") or {}
+        rows = [f"| {name} | {value} |" for name, value in (chosen | numbers).items()]
+        address = links(self.settings, experiment_id)
+        note = f"Result of study **{record.study}**: [charts]({address['charts']}), [table]({address['table']})\n\n"
+        note += "\n".join(["| chosen | |", "|---|---|", *rows])
+        tags = {f"chosen.{name}": str(value) for name, value in chosen.items()} | {NOTE: note[:LONGEST_NOTE]}
+        metrics = [Metric(f"summary/{k}", float(v), _ms(record.when), 0) for k, v in numbers.items()]
+        self.client.log_batch(run_id, metrics, tags=[RunTag(k, v) for k, v in tags.items()])
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "summary.json").write_text(json.dumps(summary, indent=2))
+            if record.blob is not None:
+                (Path(folder) / "report.html").write_bytes(record.blob)
+            self.client.log_artifacts(run_id, folder)
+        for uid in record.payload["best"]:
+            with tempfile.TemporaryDirectory() as folder:
+                if self._draw_curves(record.study, uid, Path(folder)):
+                    self.client.log_artifacts(self._run(record.study, uid)[1], folder)
+        self.client.set_terminated(run_id, "FINISHED", _ms(record.when))
+
+    # ---- a trial
+
+    def _run(self, study: str, uid: str) -> tuple[str, str]:
+        """(experiment id, run id) of a trial's attempt, or of the study's summary; made if need be."""
+        if uid not in self.runs:
+            known = self.box.links(study).get(uid)
+            self.runs[uid] = known or (self._experiment(study), self._create_run(study, uid))
+        return self.runs[uid]
+
+    def _create_run(self, study: str, uid: str) -> str:
+        """The one run with this uid. Looks before and after creating it: replies get lost."""
+        experiment_id = self._experiment(study)
+        if uid == study:
+            begun = self.box.records(study)[0]
+            name, tags = "summary", {"study": study, "kind": "summary"}
+        else:
+            started = self.box.records(uid, "trial_begun")
+            if not started:
+                raise ValueError("its beginning was never recorded, or refused")
+            begun = started[0]
+            number, optuna_study = begun.payload["optuna"].get("number"), begun.payload["optuna"].get("study_id")
+            name = begun.payload["name"]
+            tags = {k: str(v) for k, v in begun.payload["tags"].items()} | {"study": study, "kind": "trial"}
+            tags |= {"optuna.number": str(number), "optuna.url": self._dashboard(optuna_study, number)}
+        runs = self._active_runs(experiment_id, uid)
+        if not runs:
+            self.client.create_run(experiment_id, _ms(begun.when), tags | {UID: uid}, name)
+            runs = self._active_runs(experiment_id, uid)
+        for twin in runs[1:]:
+            self.client.delete_run(twin)
+        self.box.link(study, uid, experiment_id, runs[0])
+        return runs[0]
+
+    def _active_runs(self, experiment_id: str, uid: str) -> list[str]:
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        found = self.client.search_runs([experiment_id], f"tags.`{UID}` = '{uid}'", order_by=order)
+        return [run.info.run_id for run in found]
+
+    def _trial(self, records: Sequence[Record]) -> None:
+        """Records of one attempt: one batch of values, one directory of files, and its end if it is among them."""
+        from mlflow.entities import Metric, RunTag
+
+        study, uid = records[0].study, records[0].uid
+        _, run_id = self._run(study, uid)
+        by_kind = {kind: [r for r in records if r.kind == kind] for kind in {r.kind for r in records}}
+        begun, ended = by_kind.get("trial_begun"), by_kind.get("trial_ended")
+        metrics = _metrics(records)
+        tags: dict[str, str] = {}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            params = self._params(study, begun[0], folder) if begun else []
+            picture = self._draw_weights(uid, by_kind.get("trial_weights", []), bool(ended), folder)
+            if picture is not None:
+                tags["mlflow.loggedImages"] = "True"
+            if ended:
+                metrics += [
+                    Metric(f"result/{key}", value, _ms(ended[0].when), 0)
+                    for key, value in ended[0].payload["results"].items()
+                ]
+                tags |= self._end(study, ended[0], folder)
+            if begun or picture is not None or ended:
+                tags[NOTE] = self._note(study, uid, run_id, picture, tags.get("reason"))
+            self.client.log_batch(run_id, metrics, params, [RunTag(k, v) for k, v in tags.items()])
+            if any(folder.iterdir()):
+                self.client.log_artifacts(run_id, name)
+        if begun:
+            self._name_dataset(run_id, begun[0].payload["tags"])
+            self._link_attempts(study, uid, run_id)
+        if ended:
+            self._complete(uid, run_id)
+            self.client.set_terminated(run_id, ended[0].payload["status"], _ms(ended[0].when))
+
+    def _params(self, study: str, begun: Record, folder: Path) -> list[Any]:
+        """What the trial was given; what was searched on a log scale also as log10, for linear axes."""
+        from mlflow.entities import Param
+
+        values = dict(begun.payload["params"])
+        for name, scale in self._begun(study)["dimensions"].items():
+            value = values.get(name)
+            if scale == "log" and isinstance(value, int | float) and value > 0:
+                values[LOG10 + name] = f"{math.log10(value):.6g}"
+        texts = {name: str(value) for name, value in values.items()}
+        for name, text in texts.items():
+            if len(text) > LONGEST_PARAM:
+                _file(folder / "params" / f"{name}.txt").write_text(text)
+        return [Param(name, text) for name, text in texts.items() if len(text) <= LONGEST_PARAM]
+
+    def _draw_weights(self, uid: str, drawn: Sequence[Record], ended: bool, folder: Path) -> str | None:
+        """Pictures of the first layer as the image grid expects them; the path of the last, if there is one.
+
+        W1 has a step for each picture; W1_final (and W1_pixels, for inputs standardised one by one) are
+        the last at step 0, so that trials of different lengths can be compared.
+        """
+        if ended:
+            drawn = [*drawn[:-1], *(drawn[-1:] or self.box.records(uid, "trial_weights")[-1:])]
+        path = None
+        for record in drawn:
+            shape, classes = record.payload["image_shape"], record.payload["classes"]
+            arrays = unpack(record.blob or b"")
+            image = figures.weight_tiles(arrays["w"], shape, classes=classes)
+            names = [("W1", record.payload["step"])]
+            if ended and record is drawn[-1]:
+                names.append(("W1_final", 0))
+                if "scale" in arrays:
+                    pixels = figures.weight_tiles(arrays["w"], shape, scale=arrays["scale"], classes=classes)
+                    _save_images(pixels, [("W1_pixels", 0)], uid, record.when, folder)
+                self._for_dashboard(uid, image)
+            path = _save_images(image, names, uid, record.when, folder)[0]
+        return path
+
+    def _for_dashboard(self, uid: str, image: Image) -> None:
+        """The same picture where the Optuna dashboard looks for it."""
+        target = self.settings.trial_artifacts / artifact_id(uid)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(".part")
+        part.write_bytes(figures.png(image))
+        part.replace(target)
+
+    def _end(self, study: str, ended: Record, folder: Path) -> dict[str, str]:
+        """The files of a trial's end; returns its tags."""
+        payload = ended.payload
+        tags = {key: str(value) for key, value in payload["tags"].items()}
+        if payload["confusion"] is not None:
+            image = figures.confusion_matrix(payload["confusion"], payload["classes"] or ())
+            _save_images(image, [("confusion", 0)], ended.uid, ended.when, folder)
+            tags["mlflow.loggedImages"] = "True"
+        if ended.blob is not None:
+            (folder / "weights.npz").write_bytes(ended.blob)
+        if payload["best"]:
+            self._draw_curves(study, ended.uid, folder)
+        if reason := (payload["reason"] or "").strip():
+            tags["reason"] = reason.splitlines()[-1][:500]
+            if len(reason) > len(tags["reason"]):
+                (folder / "reason.txt").write_text(reason)
+        return tags
+
+    def _draw_curves(self, study: str, uid: str, folder: Path) -> bool:
+        points = progress_points(self.box.records(uid, "trial_progress"))
+        if not points:
+            return False
+        x, table = figures.stack([[(step, metrics) for step, _, metrics in points]])
+        by_update = (self._begun(study)["spec"].get("base") or {}).get("eval_every")
+        title = self.box.records(uid, "trial_begun")[0].payload["name"]
+        figure = figures.curves(x, table, title=title, x_label="update" if by_update else "epoch")
+        _file(folder / "figures" / "curves.png").write_bytes(figures.png(figure))
+        return True
+
+    def _note(self, study: str, uid: str, run_id: str, picture: str | None, reason: str | None) -> str:
+        """A run's description: its picture, its place in the study, links."""
+        experiment_id, _ = self.runs[uid]
+        begun = self.box.records(uid, "trial_begun")[0].payload
+        place, number = begun["tags"], begun["optuna"].get("number")
+        parts = []
+        if picture:
+            source = f"/get-artifact?path={quote(picture, safe='')}&run_uuid={run_id}"
+            parts.append(f"![first layer]({source})")
+        parts.append(
+            f"Stage **{place.get('stage', '?')}**, slot {place.get('slot', '?')}, attempt {place.get('attempt', 1)}"
+            f" of study [{study}]({links(self.settings, experiment_id)['charts']}) ·"
+            f" [trial {number} in the Optuna dashboard]({self._dashboard(begun['optuna'].get('study_id'), number)})"
+        )
+        if reason:
+            parts.append(f"Ended early: {reason}")
+        return "\n\n".join(parts)[:LONGEST_NOTE]
+
+    def _link_attempts(self, study: str, uid: str, run_id: str) -> None:
+        """A retry points to the attempt before it, and that one to the retry."""
+        from mlflow.entities import RunTag
+
+        stem, _, attempt = uid.rpartition("/")
+        known = self.box.links(study)
+        before = f"{stem}/{int(attempt) - 1}" if attempt.isdigit() else uid
+        if before not in known or before == uid:
+            return
+        experiment_id, run_before = known[before]
+        note = self.client.get_run(run_before).data.tags.get(NOTE, "")
+        retry = f"Tried again as [attempt {attempt}]({run_link(self.settings, experiment_id, run_id)})"
+        if retry not in note:
+            note = f"{note}\n\n{retry}"
+        self.client.log_batch(run_before, tags=[RunTag("retried_as", run_id), RunTag(NOTE, note)])
+        self.client.set_tag(run_id, "retry_of", run_before)
+
+    def _name_dataset(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """The Dataset column: name and digest, no data."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if "dataset" in tags and "dataset_digest" in tags:
+            source = json.dumps({"tags": {"digest": tags["dataset_digest"]}})
+            dataset = Dataset(tags["dataset"], tags["dataset_digest"][:LONGEST_DIGEST], "code", source)
+            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def _complete(self, uid: str, run_id: str) -> None:
+        """Make sure that the run holds every curve point before it closes. Raises _Waiting if it does not."""
+        points = _metrics(self.box.records(uid, "trial_progress"))
+        for _ in range(2):
+            missing = set()
+            for key in {point.key for point in points}:
+                there = {(m.step, m.timestamp) for m in self.client.get_metric_history(run_id, key)}
+                missing |= {(key, p.step, p.timestamp) for p in points if p.key == key} - {
+                    (key, *place) for place in there
+                }
+            if not missing:
+                return
+            self.client.log_batch(run_id, [p for p in points if (p.key, p.step, p.timestamp) in missing])
+        raise _Waiting(f"run {run_id} lacks {len(missing)} of {len(points)} points")
+
+    def _dashboard(self, study_id: int | None, number: int | None = None) -> str:
+        """The address of a study, or of a trial, in the Optuna dashboard."""
+        page = f"{self.settings.dashboard_ui}/dashboard"
+        if study_id is None:
+            return page
+        return f"{page}/studies/{study_id}" + ("" if number is None else f"/trials?numbers={number}")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a record can never be sent, as against: not now."""
+    if isinstance(error, _Waiting):
+        return False
+    if hasattr(error, "get_http_status_code"):  # an MlflowException
+        return error.get_http_status_code() in NEVER
+    if isinstance(error, OSError):  # connection, disk, or an HTTP answer about a file
+        return getattr(getattr(error, "response", None), "status_code", None) in NEVER
+    return isinstance(error, ValueError | KeyError | TypeError | IndexError)
+
+
+def _metrics(records: Sequence[Record]) -> list[Any]:
+    """The curve points of these records as MLflow takes them, each with the time at which it was recorded."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(key, float(value), _ms(when), step)
+        for step, when, values in progress_points(records)
+        for key, value in values.items()
+    ]
+
+
+def _save_images(image: Image, names: Sequence[tuple[str, int]], uid: str, when: float, folder: Path) -> list[str]:
+    """One picture under (key, step) names, with thumbnails, as `log_image` names them but for the random part."""
+    data, thumbnail = figures.png(image), figures.thumbnail(image)
+    paths = []
+    for key, step in names:
+        same = uuid.uuid5(uuid.NAMESPACE_URL, f"{uid}/{key}/{step}")
+        paths.append(f"images/{key}+step+{step}+timestamp+{_ms(when)}+{same}")
+        _file(folder / f"{paths[-1]}.png").write_bytes(data)
+        (folder / f"{paths[-1]}+compressed.webp").write_bytes(thumbnail)
+    return [f"{path}.png" for path in paths]
+
+
+def _file(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _ms(when: float) -> int:
+    return round(when * 1000)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
+
+
+# ---- the saved view: what a person sees when the link is opened
+
+
+def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: int) -> str:
+    """The value of the experiment tag that MLflow's UI opens as a view: columns, order, charts, image grids.
+
+    dimensions: searched parameter -> "log" | "linear" | "choice". created: milliseconds. The format is the
+    UI's own, and not documented: it belongs to the MLflow version that pyproject.toml pins.
+    """
+    metric = f"result/{spec.get('metric', 'val_accuracy')}"
+    ascending = metric.endswith(("loss", "cost"))
+    axes = list(dimensions)
+    logs = [LOG10 + name for name, scale in dimensions.items() if scale == "log"]
+    parallel = [LOG10 + name if scale == "log" else name for name, scale in dimensions.items()]
+    shown = dict.fromkeys([metric, "result/best_val_accuracy", "result/test_accuracy"])
+    charts: dict[str, list[dict[str, Any]]] = {
+        "Which setting won": [
+            {"type": "PARALLEL", "displayName": "Parameters and result", "selectedMetrics": [metric],
+             "selectedParams": parallel, "showAllRuns": True},
+            {"type": "BAR", "metricKey": metric, "displayName": metric},
+        ],
+        "Learning curves": [
+            _lines("Cost: training and validation", "cost/train", "cost/val"),
+            _lines("Loss: training and validation", "loss/train", "loss/val"),
+            _lines("Accuracy: training and validation", "accuracy/train", "accuracy/val"),
+            _lines("eta", "eta"),
+        ],
+        "Parameters": [
+            {"type": "SCATTER", "displayName": f"{metric} by {name}", "xaxis": {"key": name, "type": "PARAM"},
+             "yaxis": {"key": metric, "type": "METRIC"}, "runsCountToCompare": 100}
+            for name in [*logs, *axes]
+        ],
+        "Weights and confusion matrices": [
+            _grid("First layer at the end", "W1_final"),
+            _grid("First layer while it trained", "W1"),
+            _grid("First layer at the end, in pixel space", "W1_pixels"),
+            _grid("Confusion matrix", "confusion"),
+        ],
+    }  # fmt: skip
+    common = {"runsCountToCompare": 10, "deleted": False, "isGenerated": False}
+    numbered = [(f"s{i}", name, group) for i, (name, group) in enumerate(charts.items(), start=1)]
+    state = {
+        "searchFilter": "tags.kind = 'trial'",
+        "orderByKey": f"metrics.`{metric}`",
+        "orderByAsc": ascending,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": [
+            *(f"metrics.`{name}`" for name in shown),
+            *(f"params.`{name}`" for name in axes),
+            *(f"tags.`{name}`" for name in ("stage", "slot", "repeat")),
+        ],
+        "columnOrder": [],
+        "columnWidths": {},
+        "runsHiddenMode": "FIRST_20_RUNS",
+        "viewMaximized": False,
+        "runListHidden": False,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+        "isAccordionReordered": True,
+        "compareRunCharts": [
+            common | chart | {"uuid": f"{section}c{i}", "metricSectionId": section}
+            for section, _, group in numbered
+            for i, chart in enumerate(group)
+        ],
+        "compareRunSections": [
+            {"uuid": section, "name": name, "display": True, "isReordered": False, "deleted": False,
+             "isGenerated": False, "columns": 2 if section == "s1" else 3, "cardHeight": 360}
+            for section, name, _ in numbered
+        ],
+    }  # fmt: skip
+    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    return json.dumps({"name": "Sieve", "createdAt": created, "updatedAt": created, "state": packed})
+
+
+def _lines(title: str, *keys: str) -> dict[str, Any]:
+    return {
+        "type": "LINE", "displayName": title, "metricKey": keys[0], "selectedMetricKeys": list(keys),
+        "lineSmoothness": 0, "xAxisScaleType": "linear", "scaleType": "linear", "range": {}, "xAxisKey": "step",
+        "selectedXAxisMetricKey": "", "yAxisKey": "metric", "yAxisExpressions": [], "ignoreOutliers": False,
+        "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True,
+    }  # fmt: skip
+
+
+def _grid(title: str, key: str) -> dict[str, Any]:
+    return {"type": "IMAGE", "displayName": title, "imageKeys": [key], "step": 0, "showRunParams": False}
