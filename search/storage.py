@@ -184,6 +184,7 @@ def register(storage: RDBStorage, spec: StudySpec) -> StudyRecord:
     if spec.name not in study_names(storage):
         direction = StudyDirection.MAXIMIZE if spec.maximise else StudyDirection.MINIMIZE
         study_id = storage.create_new_study([direction], study_name=spec.name)
+        storage.set_study_system_attr(study_id, "study:metric_names", [spec.metric])  # as Study.set_metric_names
         storage.set_study_user_attr(study_id, "spec", spec.to_json())
     record = StudyRecord(storage, spec.name)
     if "spec" not in record.attrs:

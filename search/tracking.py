@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -443,29 +444,28 @@ class _Publisher:
         W1 has a step for each picture; W1_final (and W1_pixels, for inputs standardised one by one) are
         the last at step 0, so that trials of different lengths can be compared.
         """
-        if ended:
-            drawn = [*drawn[:-1], *(drawn[-1:] or self.box.records(uid, "trial_weights")[-1:])]
+        if ended and not drawn:
+            drawn = self.box.records(uid, "trial_weights")[-1:]
         path = None
         for record in drawn:
+            final = ended and record is drawn[-1]
             shape, classes = record.payload["image_shape"], record.payload["classes"]
             arrays = unpack(record.blob or b"")
             image = figures.weight_tiles(arrays["w"], shape, classes=classes)
-            names = [("W1", record.payload["step"])]
-            if ended and record is drawn[-1]:
-                names.append(("W1_final", 0))
-                if "scale" in arrays:
-                    pixels = figures.weight_tiles(arrays["w"], shape, scale=arrays["scale"], classes=classes)
-                    _save_images(pixels, [("W1_pixels", 0)], uid, record.when, folder)
-                self._for_dashboard(uid, image)
+            names = [("W1", record.payload["step"]), *([("W1_final", 0)] if final else [])]
             path = _save_images(image, names, uid, record.when, folder)[0]
+            if final:
+                self._for_dashboard(uid, folder / path)
+            if final and "scale" in arrays:
+                pixels = figures.weight_tiles(arrays["w"], shape, scale=arrays["scale"], classes=classes)
+                _save_images(pixels, [("W1_pixels", 0)], uid, record.when, folder)
         return path
 
-    def _for_dashboard(self, uid: str, image: Image) -> None:
+    def _for_dashboard(self, uid: str, picture: Path) -> None:
         """The same picture where the Optuna dashboard looks for it."""
-        target = self.settings.trial_artifacts / artifact_id(uid)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = _file(self.settings.trial_artifacts / artifact_id(uid))
         part = target.with_suffix(".part")
-        part.write_bytes(figures.png(image))
+        shutil.copyfile(picture, part)
         part.replace(target)
 
     def _end(self, study: str, ended: Record, folder: Path) -> dict[str, str]:

@@ -8,9 +8,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from search.errors import SieveError
+from search.outbox import Outbox
 from search.settings import Settings
 
 START_SECONDS = 180.0  # MLflow's server takes 6 s alone, and half a minute beside a running study
@@ -32,12 +34,15 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
             name: subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
             for name, (command, _) in pages.items()
         }
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have left SIGINT ignored
+            signal.signal(number, signal.default_int_handler)
         try:
             for name, (_, address) in pages.items():
                 _await_answer(name, servers[name], address)
             for name, (_, address) in pages.items():
                 say(f"{name}: {address}")
+            for line in study_links(replace(settings, mlflow_ui=pages.get("MLflow", ("", settings.mlflow_ui))[1])):
+                say(line)
             say("Ctrl-C ends both")
             while all(server.poll() is None for server in servers.values()):
                 time.sleep(0.5)
@@ -47,6 +52,15 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
         finally:
             for server in servers.values():
                 _end(server)
+
+
+def study_links(settings: Settings) -> list[str]:
+    """Where MLflow shows the charts of each study: its own start page shows none of them."""
+    from search import tracking
+
+    with Outbox(settings.outbox) as box:
+        shown = {uid: experiment for uid, (experiment, _) in box.links().items() if "/" not in uid}
+    return [f"  {study}: {tracking.links(settings, experiment)['charts']}" for study, experiment in shown.items()]
 
 
 def mlflow_command(settings: Settings, port: int) -> list[str]:

@@ -1,0 +1,194 @@
+"""The outbox: durable, idempotent, shared by processes."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search import outbox
+from search.outbox import Counts, Outbox, Record
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Outbox]:
+    with Outbox(tmp_path / "outbox" / "outbox.db") as opened:
+        yield opened
+
+
+def progress(seq: int, *steps: int, uid: str = "s/a/1", when: float = 100.0) -> Record:
+    """One slice's record with a point at each of these steps."""
+    return outbox.trial_progress("s", uid, seq, when, [(step, when + step, {"loss/val": 1.0 / step}) for step in steps])
+
+
+def test_putting_a_record_again_changes_nothing(box: Outbox) -> None:
+    """The first record of a (uid, kind, seq) stays as it is, with its own timestamps."""
+    first = outbox.trial_begun("s", "s/a/1", "a", {"eta": 0.1}, {}, 100.0, {"number": 0})
+    box.put([first])
+    box.put([outbox.trial_begun("s", "s/a/1", "other", {}, {}, 999.0, {"number": 0}), first])
+    assert box.pending() == [first]
+
+
+def test_a_put_is_all_or_nothing(box: Outbox) -> None:
+    """One record that JSON cannot hold keeps the whole batch out."""
+    with pytest.raises(TypeError, match="JSON"):
+        box.put([progress(1, 1), Record("x", "s", "s", 0, 0.0, {"not": object()})])
+    assert box.unsent() == 0
+
+
+def test_records_come_back_as_they_went_in(box: Outbox) -> None:
+    """NaN, infinities, NumPy scalars and bytes survive, in the order in which they were put."""
+    points = [(1, 5.5, {"loss/val": math.nan, "cost/val": math.inf, "eta": np.float32(0.5)})]
+    box.put([outbox.trial_progress("s", "s/a/1", 7, 6.0, points)])  # type: ignore[list-item]
+    box.put([Record("x", "s", "s", 0, 0.0, {"n": np.int64(3)}, b"\x00bytes")])
+    back, other = box.pending()
+    ((step, when, metrics),) = outbox.progress_points([back])
+    assert (step, when, metrics["cost/val"], metrics["eta"]) == (1, 5.5, math.inf, 0.5)
+    assert math.isnan(metrics["loss/val"])
+    assert (other.payload, other.blob) == ({"n": 3}, b"\x00bytes")
+
+
+def test_a_slice_trained_twice_gives_every_step_once(box: Outbox) -> None:
+    """After a crash the slices may end elsewhere; steps that are stored already keep their first timestamp."""
+    box.put([progress(100, 1, 2, 3)])
+    box.put([progress(50, 1, 2, when=900.0), progress(120, 3, 4, when=900.0)])
+    points = outbox.progress_points(box.records("s/a/1"))
+    assert [(step, when) for step, when, _ in points] == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 904.0)]
+
+
+def test_sent_records_stay_to_be_sent_again(box: Outbox) -> None:
+    """Marking empties the queue, not the box; requeue fills the queue again, for a uid, a study or all."""
+    box.put([progress(1, 1), progress(2, 1, uid="s/b/1")])
+    box.link("s", "s/a/1", "7", "run")
+    box.mark_sent([record.id for record in box.pending()])
+    assert (box.unsent(), box.unsent("s"), box.counts()) == (0, 0, {"s": Counts(sent=2)})
+    assert box.requeue(uid="s/a/1") == 1
+    assert box.links("s") == {}
+    assert box.requeue(study="other") == 0
+    assert box.requeue() == 1
+    assert box.unsent("s") == 2
+
+
+def test_a_refused_record_steps_aside_with_its_reason(box: Outbox) -> None:
+    """It is counted as refused, no longer pending, not part of what a run must hold, and can be tried again."""
+    box.put([progress(1, 1), progress(2, 2)])
+    bad, good = box.pending()
+    box.refuse([bad.id], "too long")
+    assert box.pending() == [good]
+    assert box.records("s/a/1") == [good]
+    assert box.counts() == {"s": Counts(unsent=1, refused=1)}
+    assert box.refusals() == [("s/a/1", "trial_progress", "too long")]
+    assert box.requeue(refused_only=True) == 1
+    assert box.pending() == [bad, good]
+
+
+def test_a_deleted_study_is_gone_and_others_are_not(box: Outbox) -> None:
+    """Records and links of the study go, those of another stay."""
+    box.put([progress(1, 1), outbox.study_begun("t", {}, {}, 0.0)])
+    box.link("s", "s/a/1", "1", "r")
+    box.link("t", "t", "2", "q")
+    box.delete("s")
+    assert box.counts() == {"t": Counts(unsent=1)}
+    assert box.links() == {"t": ("2", "q")}
+
+
+def test_pending_is_limited_and_filtered(box: Outbox) -> None:
+    """The oldest first, as many as asked for, of one study if asked."""
+    box.put([progress(n, n) for n in range(1, 6)] + [outbox.study_begun("t", {}, {}, 0.0)])
+    assert [record.seq for record in box.pending(2)] == [1, 2]
+    assert [record.study for record in box.pending(study="t")] == ["t"]
+
+
+def test_a_torn_write_loses_only_itself(tmp_path: Path) -> None:
+    """Cut the log at any offset: every record that was durable before that offset can still be read."""
+    live = tmp_path / "live" / "outbox.db"
+    log = live.with_name("outbox.db-wal")
+    sizes = []
+    with Outbox(live) as box:
+        for seq in range(1, 9):
+            box.put([progress(seq, seq)])
+            sizes.append(log.stat().st_size)
+        database, whole = live.read_bytes(), log.read_bytes()
+    rng = np.random.default_rng(0)
+    offsets = {0, *sizes, *(size - 1 for size in sizes), *(int(n) for n in rng.integers(0, len(whole), 60))}
+    for offset in sorted(offsets):
+        torn = tmp_path / "torn" / "outbox.db"
+        torn.parent.mkdir()
+        torn.write_bytes(database)
+        torn.with_name("outbox.db-wal").write_bytes(whole[:offset])
+        with Outbox(torn) as box:
+            kept = [record.seq for record in box.pending()]
+            assert kept == list(range(1, 1 + sum(size <= offset for size in sizes)))
+            box.put([progress(99, 99)])
+            assert box.unsent() == len(kept) + 1
+        shutil.rmtree(torn.parent)
+
+
+PUTS = """
+import sys
+from pathlib import Path
+from search import outbox
+with outbox.Outbox(Path(sys.argv[1])) as box:
+    for seq in range(25):
+        box.put([outbox.trial_progress("s", sys.argv[2], seq, 0.0, [(seq, 0.0, {"eta": 1.0})])])
+print("done", flush=True)
+"""
+
+
+def test_processes_share_a_new_outbox(tmp_path: Path) -> None:
+    """Four processes create it at the same moment and put records: none is lost, none fails."""
+    path = tmp_path / "outbox.db"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", PUTS, str(path), f"s/{n}/1"], stdout=subprocess.PIPE) for n in range(4)
+    ]
+    assert [writer.communicate()[0] for writer in writers] == [b"done\n"] * 4
+    with Outbox(path) as box:
+        assert box.unsent() == 100
+
+
+def test_every_record_is_on_disk_when_put_returns(box: Outbox) -> None:
+    """The journal is a write-ahead log that is flushed at every commit."""
+    assert box._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert box._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def test_weights_are_kept_small_and_finite() -> None:
+    """Half precision, a hundred units, no overflow; a scale is kept only where it differs between inputs."""
+    w = np.random.default_rng(0).normal(size=(64, 300))
+    w[0, 0] = 1e30
+    record = outbox.trial_weights("s", "s/a/1", 0, 0.0, 3, w, (8, 8), np.zeros(64), np.ones(64))
+    arrays = outbox.unpack(record.blob or b"")
+    assert arrays["w"].shape == (64, 100)
+    assert arrays["w"].dtype == np.float16
+    assert np.isfinite(arrays["w"]).all()
+    assert "scale" not in arrays
+    assert json.loads(json.dumps(record.payload))["image_shape"] == [8, 8]
+    scaled = outbox.trial_weights("s", "s/a/1", 0, 0.0, 3, w, (8, 8), None, np.linspace(1, 2, 64))
+    assert "scale" in outbox.unpack(scaled.blob or b"")
+
+
+def test_weights_of_a_trial_come_back_exactly() -> None:
+    """The npz that a trial ends with holds every layer, in the precision it was trained in."""
+    w, b = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32), np.zeros(3, np.float32)
+    record = outbox.trial_ended("s", "s/a/1", 0.0, "FINISHED", None, {}, weights=[(w, b), (w.T, b)])
+    arrays = outbox.unpack(record.blob or b"")
+    assert list(arrays) == ["W1", "b1", "W2", "b2"]
+    assert np.array_equal(arrays["W1"], w)
+    assert arrays["W1"].dtype == np.float32
+
+
+def test_an_unknown_status_is_an_error() -> None:
+    """A run ends in one of MLflow's three ways."""
+    with pytest.raises(ValueError, match="expected FINISHED, FAILED or KILLED, got PRUNED"):
+        outbox.trial_ended("s", "s/a/1", 0.0, "PRUNED", None, {})
+
+
+def test_a_run_is_named_by_its_parameters() -> None:
+    """Numbers are short, words stay."""
+    name = outbox.run_name({"lambda": 0.00123456, "hidden_sizes": "[50]", "batch_size": 100})
+    assert name == "lambda=0.00123, hidden_sizes=[50], batch_size=100"
