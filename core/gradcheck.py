@@ -114,8 +114,8 @@ def _analytic_gradients(configs: Sequence[TrainConfig], networks: Sequence[Layer
     """What one step with eta = 1 takes off, per network."""
     order = sorted(range(len(configs)), key=lambda k: shape_key(configs[k]))
     population = _population([configs[k] for k in order], [networks[k] for k in order])
-    fixed = optim.fixed_rates([configs[k] for k in order])
-    step(population, x, y, len(y), optim.rates(fixed, np.ones(len(configs)), t=0))
+    (rates,) = optim.rates([configs[k] for k in order], np.ones((1, len(configs))), np.array([0]))
+    step(population, x, y, len(y), rates)
     gradients: list[Layers] = [[]] * len(configs)
     for row, k in enumerate(order):
         layers, scale, _ = save_member(population, row, memory=0)

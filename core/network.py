@@ -18,7 +18,8 @@ One network is K = 1, through the same code.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
@@ -36,6 +37,7 @@ Layers = list[tuple[Array, Array]]  # [(W [d_in, d_out], b [d_out]), ...], first
 
 # BLAS multiplies matrices of fewer than 10^6 products by another kernel, which rounds differently.
 LEAST_PRODUCTS = 1_000_000
+CHUNK = 128 * 1024  # elements of a gradient of V handled at once
 
 
 class Activation(NamedTuple):
@@ -50,7 +52,7 @@ def relu(z: Array) -> None:  # a = max(z, 0)
 
 
 def relu_backward(g: Array, a: Array) -> None:  # da/dz = 1 where a > 0, else 0
-    np.multiply(g, np.sign(a), out=g)
+    g *= a > 0
 
 
 def sigmoid(z: Array) -> None:  # a = 1 / (1 + exp(-z))
@@ -125,13 +127,14 @@ class Stack:
 
 @dataclass
 class Population:
-    """K networks on D inputs and C classes; member k's first layer is V[:, columns of k] * scale."""
+    """K networks on D inputs and C classes; member k's first layer is V[:, columns of k] * scale[k]."""
 
     stacks: list[Stack]
     v: Array  # [D, S]
     bias: Array  # [S]
-    scale: Array  # [S] float64, weight decay not yet multiplied into V (see optim.update_first_layer)
+    scale: Array  # [K] float64, weight decay not yet multiplied into V (see optim.update_first_layer)
     widths: list[int]  # [K], first-layer columns per member
+    owner: Array  # [S], the member that each column belongs to
     classes: int
     memory: list[list[Array]]  # what the update rules keep for V and bias: [D, S], [S]
 
@@ -184,8 +187,9 @@ def populate(
         stacks=stacks,
         v=np.zeros((inputs, columns), dtype),
         bias=np.zeros(columns, dtype),
-        scale=np.ones(columns),
+        scale=np.ones(len(widths)),
         widths=widths,
+        owner=np.pad(np.repeat(np.arange(len(widths)), widths), (0, columns - column)),
         classes=classes,
         memory=[[np.zeros((inputs, columns), dtype), np.zeros(columns, dtype)] for _ in range(memory)],
     )
@@ -211,7 +215,7 @@ def forward(population: Population, x: Array, masks: Sequence[Sequence[Array]] =
     """Logits of all members for a batch x [B, D]; `masks` per stack and hidden layer, for training with dropout."""
     p = population
     z = x @ p.v  # [B, S]: the first layers of all members in one product
-    z *= p.scale.astype(z.dtype)
+    z *= p.scale.astype(z.dtype)[p.owner]
     z += p.bias
     logits = np.empty((p.size, len(x), p.classes), z.dtype)  # [K, B, C]
     hidden: list[list[Array]] = []
@@ -239,16 +243,14 @@ def softmax_loss(logits: Array, y: Array) -> tuple[Array, Array, Array]:
     """
     k, b, c = logits.shape
     z = np.ascontiguousarray(logits.reshape(k * b, c).T)  # [C, K * B]: class by class, so that sums vectorise
-    targets = np.tile(y, k)
-    rows = np.arange(k * b)
-    top = np.maximum.reduce(z, axis=0)
-    z -= top
-    chosen = z[targets, rows]  # 0 where the right class has the highest logit
+    flat, right = z.reshape(-1), (y * (k * b) + np.arange(k * b).reshape(k, b)).reshape(-1)
+    z -= np.maximum.reduce(z, axis=0)
+    chosen = flat[right]  # 0 where the right class has the highest logit
     np.exp(z, out=z)
     total = np.add.reduce(z, axis=0)
     loss = np.log(total) - chosen
     z /= total
-    z[targets, rows] -= 1
+    flat[right] -= 1
     gradient = np.ascontiguousarray(z.T).reshape(k, b, c)
     return loss.reshape(k, b), (chosen == 0).reshape(k, b), gradient
 
@@ -281,7 +283,7 @@ def backward(population: Population, activity: Activity, gradient: Array) -> tup
 def load_member(population: Population, k: int, layers: Layers, scale: float, memory: Sequence[Layers]) -> None:
     """Write one network, and what its update rule remembers, into row k of the population."""
     columns, stack, i = population.columns(k), *_place(population, k)
-    population.scale[columns] = scale
+    population.scale[k] = scale
     for (v, bias, inner), (first, *rest) in zip(_arrays(population, stack), (layers, *memory), strict=False):
         v[:, columns], bias[columns] = first
         for layer, (w, b) in enumerate(rest):
@@ -295,7 +297,7 @@ def save_member(population: Population, k: int, memory: int) -> tuple[Layers, fl
     for v, bias, inner in _arrays(population, stack)[: 1 + memory]:
         rest = zip(inner[::2], inner[1::2], strict=True)
         copies.append([(v[:, columns].copy(), bias[columns].copy()), *((w[i].copy(), b[i, 0].copy()) for w, b in rest)])
-    return copies[0], float(population.scale[columns.start]), copies[1:]
+    return copies[0], float(population.scale[k]), copies[1:]
 
 
 def _place(population: Population, k: int) -> tuple[Stack, int]:
@@ -312,22 +314,68 @@ def _arrays(p: Population, stack: Stack) -> list[tuple[Array, Array, list[Array]
 # The library that multiplies matrices ------------------------------------------------------------------------
 
 
+def _numpy_blas(names: Sequence[str]) -> Any:
+    """The first of these functions that NumPy's own BLAS has, found through NumPy's module; else None."""
+    try:
+        library = ctypes.CDLL(np._core._multiarray_umath.__file__)  # type: ignore[attr-defined]
+    except OSError:
+        return None
+    return next((getattr(library, name) for name in names if hasattr(library, name)), None)
+
+
 @lru_cache(maxsize=1)
-def _openblas() -> ctypes.CDLL:
-    """The BLAS that NumPy itself is linked to; its symbols are found through NumPy's own module."""
-    return ctypes.CDLL(np._core._multiarray_umath.__file__)  # type: ignore[attr-defined]
+def _sgemm() -> Any:
+    """cblas_sgemm with 64-bit sizes, as in NumPy's wheels, if it is there and adds as it should; else None."""
+    sgemm = _numpy_blas(["scipy_cblas_sgemm64_"])
+    if sgemm is not None:
+        size, pointer, real, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+        matrix = [pointer, size]
+        sgemm.argtypes = [flag] * 3 + [size] * 3 + [real, *matrix, *matrix, real, *matrix]
+        sgemm.restype = None
+        x, g = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(8, dtype=np.float32).reshape(2, 4)
+        v = np.ones((3, 4), np.float32)
+        _call(sgemm, v, x, g)
+        if not np.array_equal(v, 1 + x.T @ g):
+            return None
+    return sgemm
+
+
+def _call(sgemm: Any, v: Array, x: Array, g: Array) -> None:
+    row_major, transposed, as_it_is = 101, 112, 111
+    (b, d), s = x.shape, g.shape[1]
+    data = [array.ctypes.data for array in (x, g, v)]
+    sgemm(row_major, transposed, as_it_is, d, s, b, 1, data[0], d, data[1], s, 1, data[2], s)
+
+
+def add_product(v: Array, x: Array, g: Array) -> None:
+    """V += x^T g with V [D, S], x [B, D], g [B, S], all contiguous.
+
+    NumPy would first make the product, then add it. BLAS itself adds as it multiplies, without a pass over V.
+    Up to 256 rows each sum is complete before it is added to V, so that both ways give the same bits.
+    """
+    if (sgemm := _sgemm()) is not None and v.dtype == np.float32 and len(x) <= 256:
+        _call(sgemm, v, x, g)
+    else:
+        for rows in chunks(v, len(x)):
+            v[rows] += x[:, rows].T @ g
+
+
+def chunks(v: Array, batch: int) -> Iterator[slice]:
+    """Rows of V by the chunk: few enough for the core's own cache, and so many that x^T g is no small product."""
+    inputs, columns = v.shape
+    rows = math.ceil(max(CHUNK, LEAST_PRODUCTS / batch) / columns)
+    starts = range(0, max(1, inputs - rows + 1), rows)
+    for start in starts:
+        yield slice(start, inputs if start == starts[-1] else start + rows)
 
 
 def blas_kernel() -> str:
     """The name of the kernel that NumPy's OpenBLAS chose for this CPU, say "SkylakeX"; else "unknown"."""
-    for name in ("scipy_openblas_get_corename64_", "openblas_get_corename64_", "openblas_get_corename"):
-        try:
-            symbol = getattr(_openblas(), name)
-        except (OSError, AttributeError):
-            continue
-        symbol.restype = ctypes.c_char_p
-        return str(symbol().decode())
-    return "unknown"
+    names = ["scipy_openblas_get_corename64_", "openblas_get_corename64_", "openblas_get_corename"]
+    if (corename := _numpy_blas(names)) is None:
+        return "unknown"
+    corename.restype = ctypes.c_char_p
+    return str(corename().decode())
 
 
 @lru_cache(maxsize=1)
@@ -341,11 +389,13 @@ def blas_is_exact() -> bool:
     x = rng.standard_normal((100, 3072), dtype=np.float32)
     v = rng.standard_normal((3072, sum(widths)), dtype=np.float32)
     z = x @ v
-    dv = x.T @ z
+    moved = v + x.T @ z
     for stop, width in zip(accumulate(widths), widths, strict=True):
         own = slice(stop - width, stop)
-        same = x @ v[:, own].copy() == z[:, own], x.T @ z[:, own].copy() == dv[:, own]
-        if not all(part.all() for part in same):
+        v_own, z_own = v[:, own].copy(), z[:, own].copy()
+        same = x @ v_own == z_own
+        add_product(v_own, x, z_own)
+        if not (same.all() and np.array_equal(v_own, moved[:, own])):
             return False
     return True
 

@@ -1,20 +1,19 @@
 """How weights move: update rules and learning-rate schedules.
 
-A schedule is a function of the update count. An update rule changes w in place, given the gradient g of
-the loss (which it may overwrite), what it remembers, and `Rates` that broadcast against w. The penalty
-l2_scale * lambda * sum(w^2) adds 2 * l2_scale * lambda * w to the gradient; `shrink` is that factor.
+A schedule is a function of the update count. An update rule changes w in place, given the gradient g (which
+it overwrites), what it remembers, and `Rates` that broadcast against w. The penalty l2_scale * lambda *
+sum(w^2) adds 2 * l2_scale * lambda * w to the gradient by a weight; `shrink` is that factor.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from core.network import LEAST_PRODUCTS, Array, Population
+from core.network import Array, Population, add_product, chunks
 
 if TYPE_CHECKING:
     from core.train import TrainConfig
@@ -24,64 +23,56 @@ class Rates(NamedTuple):
     """The numbers of one update, shaped to broadcast against w: [n, 1, 1], or one per column of V."""
 
     eta: Array
-    shrink: Array  # 2 * l2_scale * lambda; 0 for biases
+    shrink: Array  # 2 * l2_scale * lambda; for weights, not for biases
     momentum: Array
     beta1: Array
-    rest1: Array  # 1 - beta1
     beta2: Array
-    rest2: Array  # 1 - beta2
-    adam_eta: Array  # eta and epsilon with Adam's two bias corrections moved into them
+    adam_eta: Array  # eta and epsilon, with what `adam` leaves out moved into them
     adam_epsilon: Array
 
 
-def fixed_rates(configs: Sequence[TrainConfig]) -> Array:
-    """What does not change from update to update, [5, K]: shrink, momentum, beta1, beta2, epsilon."""
+def rates(configs: Sequence[TrainConfig], etas: Array, t: Array) -> Array:
+    """The rows of Rates [T, 7, K] in float64, for updates t [T] (from 0) with learning rates etas [T, K]."""
     rows = [(2 * c.l2_scale * c.lam, c.momentum, c.beta1, c.beta2, c.epsilon) for c in configs]
-    return np.array(rows).T
-
-
-def rates(fixed: Array, eta: Array, t: int) -> Array:
-    """The rows of Rates [9, K] in float64, for update t (counted from 0) with learning rates eta [K]."""
-    shrink, momentum, beta1, beta2, epsilon = fixed
-    first, second = 1 - beta1 ** (t + 1), np.sqrt(1 - beta2 ** (t + 1))
-    rest = 1 - beta1, beta2, 1 - beta2, eta * second / first, epsilon * second
-    return np.array([eta, shrink, momentum, beta1, *rest])
+    shrink, momentum, beta1, beta2, epsilon = (np.broadcast_to(row, etas.shape) for row in np.array(rows).T)
+    n = t[:, None] + 1
+    scale = np.sqrt((1 - beta2**n) / (1 - beta2))  # sqrt(v_hat) = sqrt(v) / scale
+    adam_eta = etas * scale * (1 - beta1) / (1 - beta1**n)
+    return np.stack([etas, shrink, momentum, beta1, beta2, adam_eta, epsilon * scale], axis=1)
 
 
 Memory = Sequence[Array]
 
 
 def sgd(w: Array, g: Array, memory: Memory, r: Rates) -> None:
-    g += r.shrink * w
     g *= r.eta  # w <- w - eta g
     w -= g
 
 
 def momentum(w: Array, g: Array, memory: Memory, r: Rates) -> None:
     (v,) = memory
-    g += r.shrink * w
     v *= r.momentum  # v <- mu v + g
     v += g
-    w -= r.eta * v  # w <- w - eta v
+    np.multiply(v, r.eta, out=g)  # w <- w - eta v
+    w -= g
 
 
 def nesterov(w: Array, g: Array, memory: Memory, r: Rates) -> None:
     (v,) = memory
-    g += r.shrink * w
     v *= r.momentum  # v <- mu v + g
     v += g
     g += r.momentum * v  # w <- w - eta (g + mu v)    (Sutskever et al. 2013, as PyTorch writes it)
-    w -= r.eta * g
+    g *= r.eta
+    w -= g
 
 
-def adam(w: Array, g: Array, memory: Memory, r: Rates) -> None:  # Kingma and Ba 2015
+def adam(w: Array, g: Array, memory: Memory, r: Rates) -> None:
+    """Kingma and Ba 2015. The factors (1 - b1) of m and (1 - b2) of v, and the bias corrections, are in `rates`."""
     m, v = memory
-    g += r.shrink * w
-    m *= r.beta1  # m <- b1 m + (1 - b1) g
-    m += r.rest1 * g
-    v *= r.beta2  # v <- b2 v + (1 - b2) g^2
+    m *= r.beta1  # m <- b1 m + g
+    m += g
     g *= g
-    g *= r.rest2
+    v *= r.beta2  # v <- b2 v + g^2
     v += g
     np.sqrt(v, out=g)  # w <- w - eta m_hat / (sqrt(v_hat) + epsilon)
     g += r.adam_epsilon
@@ -133,70 +124,68 @@ SCHEDULES: dict[str, Callable[[TrainConfig, Array, int, int], Array]] = {
     "cosine": cosine,
 }
 
-CHUNK = 128 * 1024  # elements of a gradient of V handled at once: they stay in the core's own cache
 LEAST_SCALE = 1e-2  # V is multiplied out before the lazy scale gets smaller than this
 
 
 def update(p: Population, x: Array, g: Array, inner_gradients: Sequence[Sequence[Array]], rates: Array) -> None:
     """One update of all members.
 
-    x [B, D]; g [B, S] and `inner_gradients` as `backward` returns them; rates [9, K].
+    x [B, D]; g [B, S] and `inner_gradients` as `backward` returns them, overwritten; rates [7, K] of this update.
     """
-    rates_of_members = rates.astype(p.v.dtype)
+    own_precision = rates.astype(p.v.dtype)
     for stack, gradients in zip(p.stacks, inner_gradients, strict=True):
         rule = UPDATE_RULES[stack.update_rule]
-        r = Rates(*rates_of_members[:, stack.members, None, None])  # [n, 1, 1]
+        r = Rates(*own_precision[:, stack.members, None, None])  # [n, 1, 1]
         for i, (w, dw) in enumerate(zip(stack.inner, gradients, strict=True)):
-            memory = [kept[i] for kept in stack.memory[: rule.remembers]]
-            rule.apply(w, dw, memory, r if i % 2 == 0 else r._replace(shrink=np.zeros_like(r.shrink)))
+            if i % 2 == 0:
+                dw += r.shrink * w
+            rule.apply(w, dw, [kept[i] for kept in stack.memory[: rule.remembers]], r)
     update_first_layer(p, x, g, rates)
 
 
 def update_first_layer(p: Population, x: Array, g: Array, rates: Array) -> None:
-    """The first layers of all members: dV = x^T g, taken in chunks of rows that stay in cache.
+    """The first layers of all members, with dV = x^T g.
 
     Plain SGD costs no pass over V beyond adding dV: eta is folded into the few rows of g, and weight decay
     into `scale`, with first-layer weights W = V * scale (Bottou 2012, "Stochastic gradient descent tricks").
+    The other rules take dV in chunks of rows that stay in cache.
     """
     db = np.add.reduce(g, axis=0)  # [S]
+    own_precision = rates.astype(p.v.dtype)
     runs = []
     for name, columns, members in _runs(p):
-        rule = UPDATE_RULES[name]
-        exact = Rates(*np.repeat(rates[:, members], p.widths[members], axis=1))  # one per column
-        r = Rates(*np.asarray(exact, p.v.dtype))
-        memory = [bias[columns] for _, bias in p.memory[: rule.remembers]]
-        rule.apply(p.bias[columns], db[columns], memory, r._replace(shrink=np.zeros_like(r.shrink)))
+        rule, owner = UPDATE_RULES[name], p.owner[columns]
+        r = Rates(*own_precision[:, owner])
+        rule.apply(p.bias[columns], db[columns], [bias[columns] for _, bias in p.memory[: rule.remembers]], r)
         if rule.apply is sgd:
-            shrink_lazily(p, columns, 1 - exact.eta * exact.shrink)
-            g[:, columns] *= (-exact.eta / p.scale[columns]).astype(g.dtype)
-        runs.append((rule, columns, r))
-    for rows in _chunks(p.v, len(x)):
+            shrink_lazily(p, members, 1 - rates[0, members] * rates[1, members])
+            g[:, columns] *= (-rates[0] / p.scale).astype(g.dtype)[owner]
+        runs.append((rule, columns, Rates(*map(_shared, r))))
+    if all(rule.apply is sgd for rule, _, _ in runs):
+        add_product(p.v, x, g)
+        return
+    for rows in chunks(p.v, len(x)):
         dv = x[:, rows].T @ g  # [rows, S]
         for rule, columns, r in runs:
+            w, dw = p.v[rows, columns], dv[:, columns]
             if rule.apply is sgd:
-                p.v[rows, columns] += dv[:, columns]
+                w += dw
             else:
-                memory = [v[rows, columns] for v, _ in p.memory[: rule.remembers]]
-                rule.apply(p.v[rows, columns], dv[:, columns], memory, r)
+                dw += r.shrink * w
+                rule.apply(w, dw, [v[rows, columns] for v, _ in p.memory[: rule.remembers]], r)
 
 
-def shrink_lazily(p: Population, columns: slice, factor: Array) -> None:
-    """Multiply first-layer weights by `factor` per column, through `scale` where that stays well above 0."""
-    scale = p.scale[columns]
-    scale *= factor
-    small = scale < LEAST_SCALE
-    if small.any():  # member by member, so that company makes no difference
-        p.v[:, columns] *= np.where(small, scale, 1).astype(p.v.dtype)
-        scale[small] = 1
+def shrink_lazily(p: Population, members: slice, factor: Array) -> None:
+    """Multiply first-layer weights by a factor per member, through `scale` where that stays well above 0."""
+    p.scale[members] *= factor
+    for k in np.flatnonzero(p.scale < LEAST_SCALE):
+        p.v[:, p.columns(k)] *= p.v.dtype.type(p.scale[k])
+        p.scale[k] = 1
 
 
-def _chunks(v: Array, batch: int) -> Iterator[slice]:
-    """Rows of V by the chunk, never so few that BLAS takes its kernel for small products (see LEAST_PRODUCTS)."""
-    inputs, columns = v.shape
-    rows = math.ceil(max(CHUNK, LEAST_PRODUCTS / batch) / columns)
-    starts = range(0, max(1, inputs - rows + 1), rows)
-    for start in starts:
-        yield slice(start, inputs if start == starts[-1] else start + rows)
+def _shared(row: Array) -> Array:
+    """One number instead of a row of equal ones: NumPy multiplies by it faster."""
+    return row[0] if (row == row[0]).all() else row
 
 
 def _runs(p: Population) -> list[tuple[str, slice, slice]]:

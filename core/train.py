@@ -323,34 +323,33 @@ def _pack(states: Sequence[State], data: Dataset) -> Population:
 
 def _train(population: Population, states: Sequence[State], data: Dataset, until: int) -> None:
     """Update all members up to `until`, or to the update at which the loss of one is not finite."""
-    first, order = states[0], states[0].order
+    first = states[0]
     updates = np.arange(first.update, until)
-    etas = np.array([optim.SCHEDULES[s.config.schedule](s.config, updates, s.per_epoch, s.total) for s in states])
-    fixed = optim.fixed_rates([s.config for s in states])
+    etas = [optim.SCHEDULES[s.config.schedule](s.config, updates, s.per_epoch, s.total) for s in states]
+    rates = optim.rates([s.config for s in states], np.transpose(etas), updates)
     loss_sum, accuracy_sum = np.array([s.running[:2] for s in states]).T
-    for t, (x, y, n) in zip(updates, batches(data, order, first.config.batch_size, first.update, until), strict=True):
-        rates = optim.rates(fixed, etas[:, t - first.update], int(t))
-        loss, correct = step(population, x, y, n, rates, _dropout_masks(population, states, len(x)))
+    done = 0
+    for x, y, n in batches(data, first.order, first.config.batch_size, first.update, until):
+        masks = _dropout_masks(population, states, len(x))
+        loss, correct = step(population, x, y, n, rates[done], masks)
+        done += 1
         mean_loss = loss.mean(axis=1)  # [K]
         loss_sum += mean_loss
         accuracy_sum += correct.mean(axis=1)
         if not np.isfinite(mean_loss).all():
             break
-    done = int(t) + 1 - first.update
     for k, state in enumerate(states):
         state.update += done
         state.running = float(loss_sum[k]), float(accuracy_sum[k]), state.running[2] + done
         if not math.isfinite(mean_loss[k]):
-            state.finished, state.diverged = (
-                True,
-                f"diverged: the loss was {mean_loss[k]} at update {state.update}",
-            )
+            state.finished = True
+            state.diverged = f"diverged: the loss was {mean_loss[k]} at update {state.update}"
 
 
 def step(
     population: Population, x: Array, y: Array, n: int, rates: Array, masks: Sequence[Sequence[Array]] = ()
 ) -> tuple[Array, Array]:
-    """One update of all members by a batch x [B, D], y [B] of which n rows count; rates [9, K].
+    """One update of all members by a batch x [B, D], y [B] of which n rows count; rates [7, K].
 
     Returns loss and correctness [K, n] of the members as they were before it.
     """
@@ -367,10 +366,11 @@ def batches(
     data: Dataset, order: Sequence[int], batch_size: int, start: int, stop: int
 ) -> Iterator[tuple[Array, Array, int]]:
     """The batches of updates start to stop: (x [B, D] float32, reused; y [B]; how many of the B rows count)."""
-    split, examples = data.train, len(data.train.y)
+    split, examples = data.train, len(data.train)
     per_epoch = math.ceil(examples / batch_size)
     permutation, permuted_epoch = np.empty(0, np.int64), -1
-    x = np.empty((batch_size, split.x.shape[1]), np.float32)
+    images = np.empty((batch_size, split.x.shape[1]), split.x.dtype)
+    x = np.empty(images.shape, np.float32)
     for t in range(start, stop):
         epoch, i = divmod(t, per_epoch)
         if epoch != permuted_epoch:
@@ -378,8 +378,10 @@ def batches(
             permuted_epoch = epoch
         rows = permutation[i * batch_size : (i + 1) * batch_size]
         n = len(rows)
-        rows = np.resize(rows, batch_size)
-        normalise(np.take(split.x, rows, axis=0), data, out=x)
+        if n < batch_size:
+            rows = np.resize(rows, batch_size)
+        np.take(split.x, rows, axis=0, out=images, mode="clip")  # other modes take a copy first
+        normalise(images, data, out=x)
         yield x, split.y[rows], n
 
 
@@ -431,7 +433,7 @@ def penalties(population: Population, configs: Sequence[TrainConfig]) -> Array:
     for k in range(population.size):
         columns = population.columns(k)
         v = population.v[:, columns]
-        squares[k] = np.einsum("ij,ij->", v, v, dtype=np.float64) * population.scale[columns.start] ** 2
+        squares[k] = np.einsum("ij,ij->", v, v, dtype=np.float64) * population.scale[k] ** 2
     for stack in population.stacks:
         for w in stack.inner[::2]:
             squares[stack.members] += np.einsum("nij,nij->n", w, w, dtype=np.float64)
@@ -501,7 +503,7 @@ def _next_stop(state: State) -> int:
 def _snapshot(population: Population, k: int, state: State) -> Snapshot:
     columns = population.columns(k)
     stop = min(columns.stop, columns.start + SNAPSHOT_UNITS)
-    scale = population.v.dtype.type(population.scale[columns.start])
+    scale = population.v.dtype.type(population.scale[k])
     step = state.update if state.config.eval_every else math.ceil(state.update / state.per_epoch)
     return Snapshot(step, population.v[:, columns.start : stop] * scale)
 

@@ -128,9 +128,10 @@ class Outbox:
         where, values = _where(study)
         return self._select(f"state = 'unsent'{where} ORDER BY id LIMIT ?", *values, limit)
 
-    def records(self, uid: str, kind: str | None = None) -> list[Record]:
-        """All records of a uid, sent or not, less those that the server refused."""
-        return self._select("uid = ? AND kind = ifnull(?, kind) AND state != 'refused' ORDER BY id", uid, kind)
+    def records(self, uid: str, kind: str | None = None, *, refused: bool = True) -> list[Record]:
+        """All records of a uid, sent or not; on request without those that the server refused."""
+        condition = "uid = ? AND kind = ifnull(?, kind)" + ("" if refused else " AND state != 'refused'")
+        return self._select(f"{condition} ORDER BY id", uid, kind)
 
     def _select(self, condition: str, *values: Any) -> list[Record]:
         rows = self._db.execute(f"SELECT {COLUMNS} FROM records WHERE {condition}", values)

@@ -1,7 +1,7 @@
 """What to try next: a pure function of the study, its seed and the results so far. No Optuna, files or network.
 
-Coarse to fine in the unit cube: a stage's points fill a box, and the next box is narrower, around the mean of
-the stage's best points. `unit_points`, `place` and `narrow` are that rule, and know of no study file.
+Coarse to fine in the unit cube: a stage's points fill a box, and the next box is narrower, around the weighted
+mean of the best points so far. `unit_points`, `place` and `narrow` are that rule, and know of no study file.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from search.study import Choice, Range, StudySpec
+    from search.study import StudySpec
 
 Scalar = bool | int | float | str
 Params = dict[str, Scalar]
@@ -29,6 +29,7 @@ Box = dict[str, tuple[Scalar, ...]]  # low and high of each range, the values ke
 Ask = Callable[[int, int, Sequence["Result"]], Sequence[Params]]  # generation, count, results so far -> parameters
 
 WORST = -math.inf
+LEAST = 4  # points that the centre of a box is the mean of
 BORDER = 0.02  # of a range's width: nearer than this, a value lies at the border
 
 
@@ -130,25 +131,34 @@ def place(cube: Cube, points: Array) -> Array:
 
 
 def narrow(cube: Cube, points: Array, scores: Array, width: float, top: float) -> Cube:
-    """The next box: `width` times as wide, centred on the mean of the best `top` fraction of the points [n, d].
+    """The next box: `width` times as wide, centred on the weighted mean of the best of the points [n, d].
 
-    At a border of the space it is shifted, not clipped. A choice keeps that share of its values, those with
-    the best scores first. Scores of -inf are never among the best; of equal scores the later point wins.
+    The best are the `top` fraction of all points, LEAST at the least; the better, the heavier. At a border of
+    the space the box is shifted, not clipped. A choice keeps that share of its values, those with the best
+    scores first. Scores of -inf are never among the best; of equal scores the later point wins.
     """
-    best = _best_first(scores)[: max(1, math.ceil(top * len(scores)))]
+    best = _best_first(scores)[: max(LEAST, math.ceil(top * len(scores)))]
     if not len(best):
         return cube
+    weights = math.log(len(best) + 0.5) - np.log(np.arange(1, len(best) + 1))
+    centre = weights @ points[best] / weights.sum()
     sides: list[Side] = []
     for axis, side in enumerate(cube):
         if isinstance(side, Interval):
             span = width * (side.high - side.low)
-            low = min(max(float(points[best, axis].mean()) - span / 2, 0.0), 1.0 - span)
+            low = min(max(float(centre[axis]) - span / 2, 0.0), 1.0 - span)
             sides.append(Interval(low, low + span))
         else:
             support = {k: scores[points[:, axis] == k].max(initial=WORST) for k in side}
             kept = sorted(side, key=lambda k: -support[k])[: math.ceil(width * len(side))]
             sides.append(tuple(sorted(kept)))
     return tuple(sides)
+
+
+def schedule(trials: int) -> list[int]:
+    """A budget split into about as many stages as each of them has points: 12 into 3, 32 into 6, 64 into 8."""
+    count = max(1, round(math.sqrt(trials)))
+    return [trials * (k + 1) // count - trials * k // count for k in range(count)]
 
 
 def _best_first(scores: Array) -> NDArray[np.intp]:
@@ -160,14 +170,37 @@ def _best_first(scores: Array) -> NDArray[np.intp]:
 # --- between the unit cube and parameters ------------------------------------------------------------------------
 
 
-def _ends(dimension: Range) -> tuple[float, float]:
+class Numbers(Protocol):
+    """A range, as `study.Range` is one."""
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def log(self) -> bool: ...
+    @property
+    def integer(self) -> bool: ...
+
+
+class Options(Protocol):
+    """A list of values, as `study.Choice` is one."""
+
+    @property
+    def choices(self) -> Sequence[Any]: ...
+
+
+Dimension = Numbers | Options
+
+
+def _ends(dimension: Numbers) -> tuple[float, float]:
     """Where 0 and 1 of the unit interval lie; a whole number owns the interval that rounds to it."""
     half = 0.5 if dimension.integer else 0.0
     low, high = dimension.low - half, dimension.high + half
     return (math.log(low), math.log(high)) if dimension.log else (low, high)
 
 
-def value_at(dimension: Range | Choice, coordinate: float) -> Scalar:
+def value_at(dimension: Dimension, coordinate: float) -> Scalar:
     """The value at a coordinate, to six significant digits (of the range's width if it is linear); ends are exact."""
     if hasattr(dimension, "choices"):
         choice: Scalar = dimension.choices[int(coordinate)]
@@ -183,7 +216,7 @@ def value_at(dimension: Range | Choice, coordinate: float) -> Scalar:
     return min(max(value, dimension.low), dimension.high)
 
 
-def coordinate_of(dimension: Range | Choice, value: Scalar) -> float:
+def coordinate_of(dimension: Dimension, value: Scalar) -> float:
     """The coordinate of a value: a position among the choices, or a number in [0, 1]."""
     if hasattr(dimension, "choices"):
         return float(next(k for k, choice in enumerate(dimension.choices) if _same(choice, value)))
@@ -196,13 +229,13 @@ def _same(a: Scalar, b: Scalar) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
-def _whole(dimensions: Mapping[str, Range | Choice]) -> Cube:
+def _whole(dimensions: Mapping[str, Dimension]) -> Cube:
     return tuple(
         tuple(range(len(d.choices))) if hasattr(d, "choices") else Interval(0.0, 1.0) for d in dimensions.values()
     )
 
 
-def _in_words(dimensions: Mapping[str, Range | Choice], cube: Cube) -> Box:
+def _in_words(dimensions: Mapping[str, Dimension], cube: Cube) -> Box:
     """The box in the units of the parameters."""
     box: Box = {}
     for (name, dimension), side in zip(dimensions.items(), cube, strict=True):
@@ -211,7 +244,7 @@ def _in_words(dimensions: Mapping[str, Range | Choice], cube: Cube) -> Box:
     return box
 
 
-def _params(dimensions: Mapping[str, Range | Choice], points: Array) -> list[Params]:
+def _params(dimensions: Mapping[str, Dimension], points: Array) -> list[Params]:
     return [
         {name: value_at(d, float(u)) for (name, d), u in zip(dimensions.items(), point, strict=True)}
         for point in points
@@ -295,8 +328,8 @@ def choose(spec: StudySpec, finished: Sequence[Finished]) -> Chosen | None:
     best: list[Result] = []
     if complete and spec.confirm:
         slots = {proposal.slot for proposal in proposals}
-        best = _ranked(_results(f for f in _in_order(finished) if f.slot in slots))
-    best = best or _ranked(_candidates(spec, finished))
+        best = ranked(results(f for f in _in_order(finished) if f.slot in slots))
+    best = best or ranked(_candidates(spec, finished))
     return best[0] if best else None
 
 
@@ -344,7 +377,7 @@ def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, 
     """The parameters of each configuration of a stage whose earlier stages are complete, in the order of slots."""
     search, dimensions, stage = spec.search, spec.dimensions, _stages(spec)[number]
     if stage.name == "confirm":
-        return [result.params for result in _ranked(_candidates(spec, finished))[: stage.configurations]]
+        return [result.params for result in ranked(_candidates(spec, finished))[: stage.configurations]]
     if search.method == "list":
         return search.settings
     if search.method == "grid":
@@ -375,7 +408,8 @@ def _generations(spec: StudySpec, finished: Sequence[Finished], ask: Ask | None)
             found += [done[Slot(0, index, 0)].params for index in indices]
             continue
         if ask is not None:
-            found += ask(number, len(indices), _results(f for slot, f in done.items() if slot.index < first))
+            earlier = [f for slot, f in done.items() if slot.index < first]
+            found += ask(number, len(indices), results(earlier, key=lambda f: str(f.slot.index)))
         break
     return found
 
@@ -422,9 +456,9 @@ def _cubes(spec: StudySpec, finished: Sequence[Finished], number: int) -> list[C
             cube = tuple(Interval(edge, 1 - edge) if isinstance(side, Interval) else side for side in cube)
         else:
             alike = {j for j in range(k) if plan[j].alike(plan[k - 1])}
-            results = _results(f for f in _in_order(finished) if f.slot.stage in alike)
-            points = [[coordinate_of(d, r.params[name]) for name, d in dimensions.items()] for r in results]
-            scores = np.array([r.mean for r in results])
+            known = results(f for f in _in_order(finished) if f.slot.stage in alike)
+            points = [[coordinate_of(d, r.params[name]) for name, d in dimensions.items()] for r in known]
+            scores = np.array([r.mean for r in known])
             cube = narrow(cube, np.array(points), scores, stage.width, search.top)
         cube = tuple(
             _explicit(dimensions[name], *given) if (given := _given(stage.box, name)) else side
@@ -438,7 +472,7 @@ def _given(box: Mapping[str, Any], name: str) -> tuple[float, float] | None:
     return (box[name].low, box[name].high) if name in box else None
 
 
-def _explicit(dimension: Range | Choice, low: float, high: float) -> Interval:
+def _explicit(dimension: Dimension, low: float, high: float) -> Interval:
     half = 0.5 if getattr(dimension, "integer", False) else 0.0
     return Interval(coordinate_of(dimension, low - half), coordinate_of(dimension, high + half))
 
@@ -451,14 +485,14 @@ def _candidates(spec: StudySpec, finished: Sequence[Finished]) -> list[Result]:
     """Every configuration tried so far, confirm apart, in the stages trained like the last one that has results."""
     plan = _stages(spec)
     searched = [f for f in _in_order(finished) if plan[f.slot.stage].name != "confirm"]
-    return _results(f for f in searched if plan[f.slot.stage].alike(plan[searched[-1].slot.stage]))
+    return results(f for f in searched if plan[f.slot.stage].alike(plan[searched[-1].slot.stage]))
 
 
-def _results(finished: Iterable[Finished]) -> list[Result]:
-    """One result for each configuration, in the order of its first slot."""
+def results(finished: Iterable[Finished], key: Callable[[Finished], str] = lambda f: _key(f.params)) -> list[Result]:
+    """One result for each configuration (or other key), in the order of its first slot."""
     runs: dict[str, list[Finished]] = {}
     for f in finished:
-        runs.setdefault(_key(f.params), []).append(f)
+        runs.setdefault(key(f), []).append(f)
     return [
         Result(
             params=of[0].params,
@@ -471,9 +505,9 @@ def _results(finished: Iterable[Finished]) -> list[Result]:
     ]
 
 
-def _ranked(results: Sequence[Result]) -> list[Result]:
-    """Those that did not fail, the best mean first."""
-    return [results[k] for k in _best_first(np.array([r.mean for r in results]))]
+def ranked(configurations: Sequence[Result]) -> list[Result]:
+    """Those that did not fail, the best mean first, of equal means the later first."""
+    return [configurations[k] for k in _best_first(np.array([r.mean for r in configurations]))]
 
 
 def _key(params: Params) -> str:

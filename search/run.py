@@ -19,7 +19,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -51,6 +51,8 @@ from search.storage import (
 from search.study import Choice, StudySpec
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
+PUBLISHER_SECONDS = 20.0  # without getting on, before the rest is left to `sieve sync`
+HURRY_SECONDS = 1.0  # the same when the study was stopped
 REQUEST_SECONDS = 2.0  # how often the storage is asked for a request
 STOP_SECONDS = 8.0  # how long running slices may go on after a request to stop
 SLICE_SECONDS = 5.0  # what is aimed at: short enough to stop soon, long enough to cost nothing
@@ -290,6 +292,11 @@ class Runner:
         epochs = max(1, round(SLICE_SECONDS / seconds_per_epoch))
         future = self.executor.submit(advance, [t.state for t in trials], trials[0].data, epochs)
         self.flying[future] = Flight(trials, epochs, self.clock())
+
+    @property
+    def done(self) -> bool:
+        """Whether `run` came to the end of the plan."""
+        return not (self.stopping or self.flying or self.ready or self.todo)
 
     # ---- a trial's beginning
 
@@ -577,6 +584,7 @@ def launch(
     *,
     workers: int | None = None,
     retry_failed: bool = False,
+    publish: bool = True,
     show: Callable[[Status], None] = lambda status: None,
     started: Callable[[Runner], None] = lambda runner: None,
     warn: Callable[[str], None] = lambda text: None,
@@ -584,49 +592,64 @@ def launch(
     """Run a study to its end, from its beginning or from where it was left.
 
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
-    signal handler; `warn` gets what a person should know.
+    signal handler; `warn` gets what a person should know. Without `publish`, all that MLflow is to show stays in the outbox.
     Raises StudyConflict, StudyBusy, DataError; Interrupted if it was stopped; StudyFailed without any result.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     with owned(settings, spec.name), Outbox(settings.outbox) as box:
         record = register(open_storage(settings.storage), spec)
-        executor, count = open_executor(settings.executor, workers)
-        publisher = start_publisher()
-        runner = None
-        try:
+        with (
+            publishing(box, spec.name) if publish else nullcontext(),
+            closing_workers(settings, workers) as (executor, count),
+        ):
+            record.set_attr("state", "running")
             runner = Runner(spec, settings, record, box, executor, count, retry_failed=retry_failed, warn=warn)
             started(runner)
-            record.set_attr("state", "running")
-            runner.run(show)
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
-            record.set_attr("state", "stopped" if runner is None or runner.stopping else "done")
-            if runner is not None:
-                runner.write_notes()
-        if runner.stopping:
-            raise Interrupted(f"study '{spec.name}' was stopped; `sieve launch` with its file goes on from here")
-        outcome = conclude(record)
-        record.set_attr("chosen", outcome.chosen.params)
-        uids = [f"{spec.name}/{a.slot}/{a.attempt}" for a in outcome.table[:BEST]]
-        box.put([outbox.study_ended(spec.name, time.time(), summary(outcome), best=uids)])
-        await_publisher(publisher, box, spec.name)
+            try:
+                runner.run(show)
+            finally:
+                record.set_attr("state", "done" if runner.done else "stopped")
+            if runner.stopping:
+                raise Interrupted(f"study '{spec.name}' was stopped; `sieve launch` with its file goes on from here")
+            outcome = conclude(record)
+            record.set_attr("chosen", outcome.chosen.params)
+            uids = [f"{spec.name}/{a.slot}/{a.attempt}" for a in outcome.table[:BEST]]
+            box.put([outbox.study_ended(spec.name, time.time(), summary(outcome), best=uids)])
         runner.write_notes()
         return replace(outcome, unsent=box.unsent(spec.name))
 
 
-def start_publisher() -> subprocess.Popen[bytes]:
-    """A process of its own, which alone imports mlflow; it ends by itself once we have ended and all is sent."""
+@contextmanager
+def closing_workers(settings: Settings, workers: int | None) -> Iterator[tuple[Executor, Callable[[], int]]]:
+    """An executor and the number of its workers; leaving ends them, whatever they are doing."""
+    executor, count = open_executor(settings.executor, workers)
+    try:
+        yield executor, count
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def publishing(box: Outbox, study: str) -> Iterator[None]:
+    """A publisher at work: a process of its own, which alone imports mlflow.
+
+    Leaving waits for it to send the rest of the study, as long as it gets on, and then ends it: what is
+    not sent stays in the outbox, and being cut short does no harm.
+    """
     command = [sys.executable, "-c", "from search.cli import app; app()", "sync", "--follow", str(os.getpid())]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def await_publisher(publisher: subprocess.Popen[bytes], box: Outbox, study: str, patience: float = 20.0) -> None:
-    """Wait until all records of the study are sent, or `patience` seconds brought none further."""
-    left, since = box.unsent(study), time.monotonic()
-    while left and publisher.poll() is None and time.monotonic() - since < patience:
-        time.sleep(0.1)
-        if (now := box.unsent(study)) < left:
-            left, since = now, time.monotonic()
+    publisher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    patience = HURRY_SECONDS
+    try:
+        yield
+        patience = PUBLISHER_SECONDS
+    finally:
+        left, since = box.unsent(study), time.monotonic()
+        while left and publisher.poll() is None and time.monotonic() - since < patience:
+            time.sleep(0.1)
+            if (now := box.unsent(study)) < left:
+                left, since = now, time.monotonic()
+        publisher.terminate()
+        publisher.wait()
 
 
 def conclude(record: StudyRecord) -> Outcome:

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import filelock
 import psutil
 from PIL.Image import Image
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from search import figures
 from search.outbox import Outbox, Record, artifact_id, progress_points, unpack
@@ -155,9 +155,14 @@ def _drain(
     def tired(state: RetryCallState) -> bool:
         return not wanted() and (state.seconds_since_start or 0.0) > patience
 
+    def batch() -> bool:
+        records = publisher.box.pending(BATCH, study)
+        publisher.send(records)
+        return bool(records)
+
     retrying = Retrying(
         retry=retry_if_exception_type(_Waiting),
-        wait=wait_exponential_jitter(initial=0.25, max=5),
+        wait=wait_random_exponential(multiplier=0.5, max=5),
         stop=tired,
         reraise=True,
     )
@@ -167,11 +172,9 @@ def _drain(
             retrying(publisher.repair, study)
         while True:
             last_look = not wanted()
-            if records := publisher.box.pending(BATCH, study):
-                retrying(publisher.send, records)
-            elif last_look:
-                return
-            else:
+            if not retrying(batch):
+                if last_look:
+                    return
                 time.sleep(POLL_SECONDS)
     except _Waiting:
         return
@@ -369,7 +372,7 @@ class _Publisher:
         else:
             started = self.box.records(uid, "trial_begun")
             if not started:
-                raise ValueError("its beginning was never recorded, or refused")
+                raise ValueError("its beginning was never recorded")
             begun = started[0]
             number, optuna_study = begun.payload["optuna"].get("number"), begun.payload["optuna"].get("study_id")
             name = begun.payload["name"]
@@ -543,7 +546,7 @@ class _Publisher:
 
     def _complete(self, uid: str, run_id: str) -> None:
         """Make sure that the run holds every curve point before it closes. Raises _Waiting if it does not."""
-        points = _metrics(self.box.records(uid, "trial_progress"))
+        points = _metrics(self.box.records(uid, "trial_progress", refused=False))
         for _ in range(2):
             missing = set()
             for key in {point.key for point in points}:

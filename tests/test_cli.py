@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,9 @@ def test_mistakes_in_study_files_are_one_line_each(tmp_path: Path) -> None:
     ]
 
 
-def test_a_study_from_launch_to_export(tmp_path: Path, file: Path) -> None:
+def test_a_study_from_launch_to_export(new_home: Callable[[str], Settings], tmp_path: Path, file: Path) -> None:
     """Launch, status, best and export of one study agree with each other."""
+    new_home("home")
     launched = sieve(tmp_path / "home", "launch", str(file), "--json", "--workers", "1")
     assert launched.returncode == 0, launched.stderr
     outcome = json.loads(launched.stdout)

@@ -55,9 +55,10 @@ def trained(found, networks, batches, etas):
     nothing = [[(np.zeros_like(w), np.zeros_like(b)) for w, b in layers] for layers in networks]
     for row, k in enumerate(order):
         load_member(population, row, networks[k], 1.0, [nothing[k], nothing[k]])
-    fixed = optim.fixed_rates([found[k] for k in order])
-    for t, (x, y) in enumerate(batches):
-        step(population, x, y, len(y), optim.rates(fixed, np.array([etas[t][k] for k in order]), t))
+    own = np.array([[etas[t][k] for k in order] for t in range(len(batches))])
+    rates = optim.rates([found[k] for k in order], own, np.arange(len(batches)))
+    for (x, y), row in zip(batches, rates, strict=True):
+        step(population, x, y, len(y), row)
     result = [[]] * len(found)
     for row, k in enumerate(order):
         ((w, b), *rest), scale, _ = save_member(population, row, 0)
@@ -152,8 +153,8 @@ def test_two_steps_of_each_rule_by_hand():
         assert config.update_rule == name
         w, memory = np.array([1.0]), [np.zeros(1) for _ in range(rule.remembers)]
         for t, g in enumerate((1.0, 2.0)):
-            rows = optim.rates(optim.fixed_rates([config]), np.array([0.1]), t)
-            rule.apply(w, np.array([g]), memory, optim.Rates(*rows))
+            (row,) = optim.rates([config], np.array([[0.1]]), np.array([t]))
+            rule.apply(w, np.array([g]), memory, optim.Rates(*row))
         moved[name] = w[0]
     assert moved["sgd"] == pytest.approx(1 - 0.1 * 1 - 0.1 * 2)
     assert moved["momentum"] == pytest.approx(1 - 0.1 * 1 - 0.1 * (0.9 * 1 + 2))

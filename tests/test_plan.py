@@ -224,16 +224,41 @@ def test_narrowed_box(results: Any, width: float, top: float) -> None:
 
 
 def test_box_is_centred_on_the_best_in_log_space() -> None:
-    """With one clear winner inside the space the next box reaches equally far, in decades, to both sides of it."""
-    spec = study({**FINE, "top": 0.1}, {"lambda": {"low": 1e-6, "high": 1.0, "log": True}})
+    """Where all but one trial failed, the next box reaches equally far, in decades, to both sides of that one."""
+    spec = study(FINE, {"lambda": {"low": 1e-6, "high": 1.0, "log": True}})
     points = propose(spec, [])
     best = min(points, key=lambda p: abs(math.log10(float(p.params["lambda"])) + 3))
-    finished = [Finished(p.slot, p.params, float(p is best)) for p in points]
+    finished = [Finished(p.slot, p.params, 0.5 if p is best else -math.inf) for p in points]
     box = plan.boxes(spec, finished)[1]
     assert box is not None
     low, high = (math.log10(float(end)) for end in box["lambda"])
     assert high - low == pytest.approx(0.6 * 6, rel=1e-4)
     assert (low + high) / 2 == pytest.approx(math.log10(float(best.params["lambda"])), abs=1e-4)
+
+
+def test_better_points_weigh_more() -> None:
+    """The centre is the mean of the best four points, weighted log(4.5) - log(rank)."""
+    points = np.array([[0.1], [0.5], [0.6], [0.4], [0.45]])
+    ((low, high),) = plan.narrow((Interval(0.0, 1.0),), points, np.array([0.0, 4.0, 3.0, 2.0, 1.0]), 0.5, 0.15)
+    weights = [1.504077, 0.810930, 0.405465, 0.117783]
+    centre = sum(w * x for w, x in zip(weights, [0.5, 0.6, 0.4, 0.45], strict=True)) / sum(weights)
+    assert (low + high) / 2 == pytest.approx(centre, abs=1e-6)
+
+
+def test_of_equal_scores_the_later_wins() -> None:
+    """Where scores saturate, as at an accuracy of 1, the points of the later and narrower box decide."""
+    points = np.linspace(0.1, 0.9, 9)[:, None]
+    ((low, high),) = plan.narrow((Interval(0.0, 1.0),), points, np.ones(9), 0.2, 0.1)
+    assert (low + high) / 2 > 0.8
+
+
+@given(st.integers(1, 500))
+def test_schedule_spends_the_budget(trials: int) -> None:
+    """A budget is split completely, into stages of nearly equal size that are about as many as their points."""
+    counts = plan.schedule(trials)
+    assert sum(counts) == trials
+    assert max(counts) - min(counts) <= 1
+    assert abs(len(counts) - trials**0.5) <= 0.5
 
 
 def test_failed_trials_do_not_block() -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from tests.conftest import QUICK
 Spec = Callable[..., StudySpec]
 
 
+launch = partial(run.launch, publish=False)
+
+
 def attempts(settings: Settings, study: str = "quick") -> list[Attempt]:
     return run.stored(study, settings).attempts()
 
@@ -49,7 +53,8 @@ def values(settings: Settings, study: str = "quick") -> dict[Slot, list[tuple[An
 
 
 def sieve(settings: Settings, *words: str, **popen: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"SIEVE_HOME": str(settings.home)}
+    """The command in a process of its own, on a home whose MLflow is never there."""
+    environment = os.environ | {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     command = [sys.executable, "-c", "from search.cli import app; app()", *words]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen
@@ -72,7 +77,7 @@ def slow(**parts: Any) -> dict[str, Any]:
 
 def test_every_slot_of_the_plan_is_done_exactly_once(settings: Settings, quick: Spec) -> None:
     """A study runs each planned slot once, tells its state, and chooses by the mean over the confirm runs."""
-    outcome = run.launch(quick(), settings, workers=2)
+    outcome = launch(quick(), settings, workers=2)
     done = attempts(settings)
     assert sorted(str(a.slot) for a in done) == sorted(
         [f"s{s}.i{i}.r0" for s in range(3) for i in range(4)] + [f"s3.i{i}.r{r}" for i in range(2) for r in (1, 2)]
@@ -88,8 +93,8 @@ def test_every_slot_of_the_plan_is_done_exactly_once(settings: Settings, quick: 
 def test_the_number_of_workers_changes_no_result(settings: Settings, quick: Spec, tmp_path: Path) -> None:
     """One worker and three give the same trials with the same values, bit for bit where the BLAS allows it."""
     other = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "other")})
-    run.launch(quick(), settings, workers=1)
-    run.launch(quick(), other, workers=3)
+    launch(quick(), settings, workers=1)
+    launch(quick(), other, workers=3)
     assert values(settings) == values(other)
 
 
@@ -153,24 +158,24 @@ def test_a_killed_worker_loses_only_its_slice(settings: Settings, tmp_path: Path
 def test_another_spec_under_the_same_name_is_refused(settings: Settings, quick: Spec) -> None:
     """A study of that name with other trials is a conflict that says where they differ; another text is not."""
     small = {"method": "random", "trials": 2}
-    run.launch(quick(search=small, confirm=False), settings, workers=1)
-    run.launch(quick(search=small, confirm=False, description="other words"), settings, workers=1)
+    launch(quick(search=small, confirm=False), settings, workers=1)
+    launch(quick(search=small, confirm=False, description="other words"), settings, workers=1)
     assert len(attempts(settings)) == 2
     with pytest.raises(StudyConflict, match=r"search\.trials: 2 as stored, 3 as given"):
-        run.launch(quick(search=small | {"trials": 3}, confirm=False), settings, workers=1)
+        launch(quick(search=small | {"trials": 3}, confirm=False), settings, workers=1)
 
 
 def test_a_second_runner_is_refused(settings: Settings, quick: Spec) -> None:
     """While a study has an owner, another launch of it says so and touches nothing."""
     with run.owned(settings, "quick"), pytest.raises(StudyBusy, match="sieve stop quick"):
-        run.launch(quick(), settings)
+        launch(quick(), settings)
     assert not (settings.home / "sieve.db").exists()
 
 
 def test_divergence_is_a_result(settings: Settings, quick: Spec) -> None:
     """A trial whose cost is not finite is recorded as pruned with its reason, and is never the choice."""
     spec = quick(search={"method": "list", "settings": [{"eta": 1e9}, {"eta": 0.1}]}, space={}, confirm=False)
-    outcome = run.launch(spec, settings, workers=1)
+    outcome = launch(spec, settings, workers=1)
     diverged, fine = attempts(settings)
     assert (diverged.state.name, fine.state.name) == ("PRUNED", "COMPLETE")
     assert "diverged: the loss was" in diverged.attrs["reason"]
@@ -181,7 +186,7 @@ def test_a_study_without_any_result_has_failed(settings: Settings, quick: Spec) 
     """When every trial diverges there is nothing to choose, and the error gives the reason."""
     spec = quick(search={"method": "list", "settings": [{"eta": 1e9}, {"eta": 1e10}]}, space={}, confirm=False)
     with pytest.raises(StudyFailed, match="none of 2 trials has a result: diverged"):
-        run.launch(spec, settings, workers=1)
+        launch(spec, settings, workers=1)
 
 
 def test_a_stopped_study_goes_on_later(settings: Settings, quick: Spec) -> None:
@@ -192,9 +197,9 @@ def test_a_stopped_study_goes_on_later(settings: Settings, quick: Spec) -> None:
         runner.stop()
 
     with pytest.raises(Interrupted, match="goes on from here"):
-        run.launch(spec, settings, workers=2, started=stop_soon)
+        launch(spec, settings, workers=2, started=stop_soon)
     assert run.standing(settings, "quick")[0]["state"] == "stopped"
-    run.launch(spec, settings, workers=2)
+    launch(spec, settings, workers=2)
     assert sorted(str(a.slot) for a in attempts(settings)) == [f"s0.i{i}.r0" for i in range(4)]
     assert run.standing(settings, "quick")[0]["waiting"] == 0
 
@@ -227,7 +232,7 @@ def test_cancelled_trials_fail_and_can_be_retried(settings: Settings, tmp_path: 
     assert runner.returncode == 130
     given_up = attempts(settings)
     assert {a.attrs["reason"] for a in given_up} == {"cancelled by the user"}
-    run.launch(spec, settings, workers=2, retry_failed=True)
+    launch(spec, settings, workers=2, retry_failed=True)
     again = {a.slot: a for a in attempts(settings)}
     assert {a.attempt for a in again.values()} == {2}
     assert {a.state.name for a in again.values()} == {"COMPLETE"}
@@ -247,7 +252,7 @@ def test_a_dry_run_writes_nothing(settings: Settings, quick: Spec) -> None:
 def test_exported_weights_predict_as_the_trial_did(settings: Settings, quick: Spec, tmp_path: Path) -> None:
     """Prediction by hand from the exported arrays alone gives the test accuracy that was recorded."""
     spec = quick(search={"method": "random", "trials": 3}, confirm=False)
-    outcome = run.launch(spec, settings, workers=1)
+    outcome = launch(spec, settings, workers=1)
     run.export("quick", tmp_path / "best.npz", settings)
     with np.load(tmp_path / "best.npz", allow_pickle=False) as arrays:
         data, _ = open_dataset(spec.dataset, settings)
@@ -265,7 +270,7 @@ def test_exported_weights_predict_as_the_trial_did(settings: Settings, quick: Sp
 
 def test_everything_shown_is_in_the_outbox(settings: Settings, quick: Spec) -> None:
     """Each trial's record holds its beginning, every point of its curves, three weight images, and its end."""
-    run.launch(quick(search={"method": "random", "trials": 2}, confirm=False), settings, workers=1)
+    launch(quick(search={"method": "random", "trials": 2}, confirm=False), settings, workers=1)
     with Outbox(settings.outbox) as box:
         for a in attempts(settings):
             records = box.records(f"quick/{a.slot}/1")
@@ -279,14 +284,14 @@ def test_everything_shown_is_in_the_outbox(settings: Settings, quick: Spec) -> N
 
 def test_an_unknown_study_lists_near_names(settings: Settings, quick: Spec) -> None:
     """A misspelled name is answered with the names that are like it."""
-    run.launch(quick(search={"method": "random", "trials": 1}, confirm=False), settings, workers=1)
+    launch(quick(search={"method": "random", "trials": 1}, confirm=False), settings, workers=1)
     with pytest.raises(UnknownStudy, match="did you mean quick"):
         run.stored("quikc", settings)
 
 
 def test_optuna_reads_the_study_as_its_own(settings: Settings, quick: Spec) -> None:
     """Optuna finds the full space in every trial, the direction of the metric, and the same best value."""
-    outcome = run.launch(quick(), settings, workers=2)
+    outcome = launch(quick(), settings, workers=2)
     study = optuna.load_study(study_name="quick", storage=settings.storage)
     assert study.direction.name == "MAXIMIZE"
     assert study.best_value == outcome.table[0].value

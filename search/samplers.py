@@ -1,0 +1,205 @@
+"""Samplers for Optuna: coarse to fine for plain `study.optimize`, and Optuna's own for the runner of Sieve.
+
+optuna.create_study(sampler=CoarseToFineSampler(n_trials=64, seed=1)).optimize(objective, n_trials=64)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from search.plan import (
+    Array,
+    Ask,
+    Cube,
+    Interval,
+    Params,
+    Result,
+    Side,
+    coordinate_of,
+    narrow,
+    place,
+    schedule,
+    unit_points,
+    value_at,
+)
+
+MOST_DIMENSIONS = 64  # parameters of one trial that get a coordinate of their own
+
+
+class CoarseToFineSampler(BaseSampler):
+    """Stages of Sobol points, each in a narrower box around the best points of the trials before that stage.
+
+    A trial's number decides its stage and its point, and finished trials of earlier stages decide the box, so
+    equal seeds repeat a study exactly, and threads and processes can share one (a stage that starts before the
+    one ahead of it has ended uses what is finished). Without a seed the study's name serves as one. Each
+    parameter is drawn by itself: spaces may be conditional or change, and no distribution is ever narrowed.
+
+    Args:
+        n_trials: The budget that the stages divide; further trials stay in the last box.
+        final_width: Width of the last box, in widths of the space.
+        top: The next box is centred on this fraction of the trials, the best (four at the least).
+        seed: Of the Sobol points.
+    """
+
+    def __init__(
+        self, n_trials: int = 32, *, final_width: float = 0.25, top: float = 0.15, seed: int | None = None
+    ) -> None:
+        if n_trials < 1:
+            raise ValueError(f"n_trials: expected 1 or more, got {n_trials}")
+        for name, value in (("final_width", final_width), ("top", top)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}: expected a number above 0, 1 at most, got {value}")
+        self._starts = [0, *accumulate(schedule(n_trials))][:-1]
+        self._shrink = final_width ** (1 / max(1, len(self._starts) - 1))
+        self._top, self._seed = top, seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Empty: a box has one side for each parameter, so that each can be drawn by itself."""
+        self._raise_error_if_multi_objective(study)
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The trial's point in this space."""
+        self._raise_error_if_multi_objective(study)
+        return {name: self._draw(study, trial, k, name, d) for k, (name, d) in enumerate(search_space.items())}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The coordinate of the trial's point that belongs to the parameter it suggests next."""
+        self._raise_error_if_multi_objective(study)
+        return self._draw(study, trial, len(trial.params), param_name, param_distribution)
+
+    def _draw(self, study: Study, trial: FrozenTrial, axis: int, name: str, distribution: BaseDistribution) -> Any:
+        seed = zlib.crc32(study.study_name.encode()) if self._seed is None else self._seed
+        stage = sum(start <= trial.number for start in self._starts) - 1
+        index = trial.number - self._starts[stage]
+        points = _points(index.bit_length(), seed, stage)
+        box = self._box(study, name, distribution, stage)
+        return _value(distribution, float(place(box, points[[index]][:, [axis % MOST_DIMENSIONS]])[0, 0]))
+
+    def _box(self, study: Study, name: str, distribution: BaseDistribution, stage: int) -> Cube:
+        """This parameter's side of the box of a stage."""
+        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        known = [t for t in trials if name in t.params and _comparable(distribution, t.distributions[name])]
+        numbers = np.array([t.number for t in known], int)
+        points = np.array([[_coordinate(distribution, t.params[name])] for t in known]).reshape(-1, 1)
+        scores = np.array([sign * value if (value := t.value) is not None else -np.inf for t in known])
+        cube: Cube = (_whole(distribution),)
+        for start in self._starts[1 : stage + 1]:
+            cube = narrow(cube, points[numbers < start], scores[numbers < start], self._shrink, self._top)
+        return cube
+
+
+@lru_cache(maxsize=64)
+def _points(bits: int, seed: int, stage: int) -> Array:
+    """2**bits points of a stage, of MOST_DIMENSIONS coordinates each."""
+    return unit_points(1 << bits, MOST_DIMENSIONS, seed, stage)
+
+
+# --- Optuna's distributions on the unit interval -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    low: float
+    high: float
+    log: bool
+    integer: bool
+
+
+def _numbers(distribution: BaseDistribution) -> tuple[_Numbers, float, float]:
+    """A range, an offset and a step: the distribution's values are offset + step * those of the range."""
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    low, high, integer = distribution.low, distribution.high, isinstance(distribution, IntDistribution)
+    if distribution.log or distribution.step is None:
+        return _Numbers(low, high, distribution.log, integer), 0, 1
+    return _Numbers(0, round((high - low) / distribution.step), False, True), low, distribution.step
+
+
+def _whole(distribution: BaseDistribution) -> Side:
+    if isinstance(distribution, CategoricalDistribution):
+        return tuple(range(len(distribution.choices)))
+    return Interval(0.0, 1.0)
+
+
+def _value(distribution: BaseDistribution, coordinate: float) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return value_at(distribution, coordinate)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    numbers, offset, step = _numbers(distribution)
+    value = min(offset + step * float(value_at(numbers, coordinate)), distribution.high)
+    return int(value) if isinstance(distribution, IntDistribution) else value
+
+
+def _coordinate(distribution: BaseDistribution, value: Any) -> float:
+    """The coordinate of a value, which may lie outside the distribution: then that of the nearer end."""
+    if isinstance(distribution, CategoricalDistribution):
+        return coordinate_of(distribution, value)
+    numbers, offset, step = _numbers(distribution)
+    return min(max(coordinate_of(numbers, max((value - offset) / step, numbers.low)), 0.0), 1.0)
+
+
+def _comparable(distribution: BaseDistribution, other: BaseDistribution) -> bool:
+    """Whether values of the other distribution mean something in this one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution == other
+    return type(distribution) is type(other)
+
+
+# --- Optuna's own samplers, a generation at a time ---------------------------------------------------------------
+
+OPTUNA_SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: TPESampler(seed=seed),
+    "gp": lambda seed: GPSampler(seed=seed),
+    "cmaes": lambda seed: CmaEsSampler(seed=seed),
+}
+
+
+def asker(method: str, distributions: Mapping[str, BaseDistribution], seed: int) -> Ask:
+    """What `plan.propose` asks for methods tpe, gp and cmaes: one of Optuna's samplers, a generation at a time.
+
+    The sampler lives in a study of its own, in memory, which is led again through all earlier generations when
+    a study resumes: asked for the same number, told the same scores in the order of their slots. A failed
+    trial is told as the worst that did not fail, so that the sampler learns to keep away.
+
+    Raises ImportError, and says which extra to install, when the method's package is missing.
+    """
+    try:
+        study = optuna.create_study(direction="maximize", sampler=OPTUNA_SAMPLERS[method](seed))
+    except ImportError as error:
+        raise ImportError(f"method {method} needs a package that is not installed: {error}") from error
+    asked: list[list[optuna.Trial]] = []
+
+    def ask(generation: int, count: int, results: Sequence[Result]) -> list[Params]:
+        while len(asked) <= generation:
+            if asked:
+                _tell(study, asked[-1], results)
+            earlier = len(results) // generation if generation else count
+            size = count if len(asked) == generation else earlier
+            asked.append([study.ask(dict(distributions)) for _ in range(size)])
+        return [trial.params for trial in asked[generation]]
+
+    return ask
+
+
+def _tell(study: Study, trials: Sequence[optuna.Trial], results: Sequence[Result]) -> None:
+    finite = [result.mean for result in results[: trials[-1].number + 1] if np.isfinite(result.mean)]
+    for trial in trials:
+        score = results[trial.number].mean
+        study.tell(trial, score if np.isfinite(score) else min(finite, default=0.0))

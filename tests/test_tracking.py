@@ -1,0 +1,656 @@
+"""Publishing to real MLflow stores: embedded SQLite and a server on loopback, with and without faults."""
+
+import asyncio
+import base64
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from search import outbox, tracking
+from search.outbox import Counts, Outbox, Record
+from search.settings import Settings
+
+T0 = 1_790_000_000.0
+KEYS = ("cost/train", "cost/val", "loss/train", "loss/val", "accuracy/train", "accuracy/val", "eta")
+DELETED_ONLY = 2  # mlflow.entities.ViewType
+CLASSES = [str(i) for i in range(10)]
+OLD_LOADER = "ignore:The ``noload`` loader strategy is deprecated"  # MLflow 3.17 with SQLAlchemy 2.1
+
+pytestmark = pytest.mark.filterwarnings(f"{OLD_LOADER}:sqlalchemy.exc.SADeprecationWarning")
+
+
+# ---- what is published
+
+
+def begun(study: str = "digits") -> Record:
+    """A study that searches lambda on a log scale and hidden_sizes by choice."""
+    spec = {"name": study, "metric": "val_accuracy", "description": "Is less more?", "base": {"epochs": 4}}
+    dimensions = {"lambda": "log", "hidden_sizes": "choice"}
+    return outbox.study_begun(study, spec, {"version": "0"}, T0, dimensions=dimensions, optuna_study_id=3)
+
+
+def trial(
+    index: int = 0, study: str = "digits", attempt: int = 1, *, points: int = 4, end: bool = True, **ending: Any
+) -> list[Record]:
+    """The records of one attempt, in the order in which the runner puts them: two slices, pictures, the end."""
+    uid = f"{study}/s0.i{index}.r0/{attempt}"
+    at = T0 + 100 * index
+    rng = np.random.default_rng(index)
+    w = rng.normal(size=(64, 10)).astype(np.float32)
+    params = {"lambda": 10.0 ** -(index + 1), "hidden_sizes": "[]", "epochs": points}
+    tags = {"stage": "coarse", "slot": f"s0.i{index}.r0", "repeat": "0", "attempt": str(attempt)}
+    tags |= {"dataset": "digits", "dataset_digest": "ab" * 32, "version": "0"}
+    curve = [(e, at + e, {key: float(rng.random()) for key in KEYS}) for e in range(1, points + 1)]
+    half = points // 2
+    records = [
+        outbox.trial_begun(study, uid, outbox.run_name(params), params, tags, at, {"study_id": 3, "number": index}),
+        outbox.trial_weights(study, uid, 0, at, 0, w, (8, 8), None, np.linspace(1, 2, 64), CLASSES),
+        outbox.trial_progress(study, uid, half, at + half, curve[:half]),
+        outbox.trial_progress(study, uid, points, at + points, curve[half:]),
+        outbox.trial_weights(study, uid, points, at, points, w, (8, 8), None, np.linspace(1, 2, 64), CLASSES),
+    ]
+    if end:
+        given: dict[str, Any] = {"status": "FINISHED", "reason": None, "confusion": np.eye(10, dtype=int)}
+        given |= {"results": {"val_accuracy": 0.1 * index, "test_accuracy": 0.5}, "weights": [(w, np.zeros(10))]}
+        given |= {"classes": CLASSES} | ending
+        records.append(outbox.trial_ended(study, uid, at + points, **given))
+    return records
+
+
+def put(settings: Settings, *records: Record) -> None:
+    with Outbox(settings.outbox) as box:
+        box.put(records)
+
+
+# ---- what MLflow holds
+
+
+def mlflow_client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def runs(uri: str, study: str = "digits", kind: str = "trial") -> list[Any]:
+    """The active runs of a study, by their uid."""
+    client = mlflow_client(uri)
+    experiment = client.get_experiment_by_name(study)
+    assert experiment.experiment_id != "0"
+    found = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
+    return sorted(found, key=lambda run: run.data.tags["sieve.uid"])
+
+
+def points(uri: str, run_id: str, key: str) -> list[tuple[int, int, float]]:
+    """(step, timestamp, value) of a metric, sorted."""
+    history = mlflow_client(uri).get_metric_history(run_id, key)
+    return sorted((m.step, m.timestamp, m.value) for m in history)
+
+
+def files(uri: str, run_id: str, folder: str | None = None) -> list[str]:
+    """The paths of all artifacts of a run."""
+    found = []
+    for item in mlflow_client(uri).list_artifacts(run_id, folder):
+        found += files(uri, run_id, item.path) if item.is_dir else [item.path]
+    return sorted(found)
+
+
+def everything(uri: str, study: str = "digits") -> list[Any]:
+    """All that a study shows in MLflow but for the ids that MLflow gives, to compare two states."""
+    shown = []
+    for run in runs(uri, study):
+        tags = {k: v for k, v in run.data.tags.items() if k != "mlflow.note.content"}
+        curves = {key: points(uri, run.info.run_id, key) for key in run.data.metrics}
+        times = run.info.start_time, run.info.end_time
+        shown.append((run.info.status, times, run.data.params, tags, curves, files(uri, run.info.run_id)))
+    return shown
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables and nothing in them: making one takes seconds, copying it does not."""
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    mlflow_client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def home(settings: Settings, empty_store: Path) -> Settings:
+    """An embedded home whose MLflow database is ready and empty."""
+    settings.home.mkdir(parents=True)
+    shutil.copy(empty_store, settings.home / "mlflow.db")
+    return settings
+
+
+# ---- embedded
+
+
+def test_a_trial_is_shown_whole(home: Settings) -> None:
+    """Its run has the status, times, values, tags, files and description that a person looks for."""
+    put(home, begun(), *trial(1))
+    assert tracking.publish(home) == 0
+    (run,) = runs(home.tracking_uri)
+    tags = run.data.tags
+    assert run.info.run_name == "lambda=0.01, hidden_sizes=[], epochs=4"
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1790000100000, 1790000104000)
+    assert run.data.params == {"lambda": "0.01", "log10_lambda": "-2", "hidden_sizes": "[]", "epochs": "4"}
+    assert (tags["study"], tags["kind"], tags["stage"], tags["repeat"]) == ("digits", "trial", "coarse", "0")
+    assert tags["optuna.url"] == "http://127.0.0.1:8080/dashboard/studies/3/trials?numbers=1"
+    assert [(step, when) for step, when, _ in points(home.tracking_uri, run.info.run_id, "loss/val")] == [
+        (n, 1790000100000 + 1000 * n) for n in (1, 2, 3, 4)
+    ]
+    assert set(run.data.metrics) == {*KEYS, "result/val_accuracy", "result/test_accuracy"}
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "digits"
+    names = files(home.tracking_uri, run.info.run_id)
+    pictures = {tuple(name.removeprefix("images/").split("+")[:3]) for name in names if name.startswith("images/")}
+    expected = {("W1", 0), ("W1", 4), ("W1_final", 0), ("W1_pixels", 0), ("confusion", 0)}
+    assert pictures == {(key, "step", str(step)) for key, step in expected}
+    assert "weights.npz" in names
+    assert tags["mlflow.loggedImages"] == "True"
+    note = tags["mlflow.note.content"]
+    assert note.startswith("![first layer](/get-artifact?path=images%2FW1%2Bstep%2B4")
+    assert tags["optuna.url"] in note
+    assert (home.trial_artifacts / outbox.artifact_id("digits/s0.i1.r0/1")).read_bytes().startswith(b"\x89PNG")
+    with Outbox(home.outbox) as box:
+        assert box.links("digits") == {"digits/s0.i1.r0/1": (run.info.experiment_id, run.info.run_id)}
+
+
+def test_curves_appear_while_a_trial_trains(home: Settings) -> None:
+    """After its first slice the run is RUNNING and holds the first points."""
+    put(home, begun(), *trial(0)[:3])
+    assert tracking.publish(home) == 0
+    (run,) = runs(home.tracking_uri)
+    assert run.info.status == "RUNNING"
+    assert [step for step, _, _ in points(home.tracking_uri, run.info.run_id, "cost/train")] == [1, 2]
+
+
+def test_publishing_three_times_changes_nothing(home: Settings) -> None:
+    """Points, times, files and the number of runs stay the same whatever is sent again."""
+    put(home, begun(), *trial(0), *trial(1))
+    assert tracking.publish(home) == 0
+    once = everything(home.tracking_uri)
+    for _ in range(2):
+        assert tracking.redo(home) == 13
+        assert tracking.publish(home) == 0
+    assert everything(home.tracking_uri) == once
+    assert len(once) == 2
+
+
+@pytest.mark.parametrize("how", ["redo", "repair"])
+def test_an_empty_mlflow_gets_everything_again(home: Settings, empty_store: Path, how: str) -> None:
+    """When its database is lost, `sync --redo`, and also a plain `sync`, bring all of it back."""
+    put(home, begun(), *trial(0), outbox.study_ended("digits", T0, {"params": {"lambda": 0.1}, "mean": 0.9}))
+    assert tracking.publish(home) == 0
+    once = everything(home.tracking_uri)
+    other = replace(home, tracking_uri=f"sqlite:///{home.home}/other.db")
+    shutil.copy(empty_store, home.home / "other.db")
+    if how == "redo":
+        tracking.redo(other, "digits")
+    assert tracking.publish(other) == 0
+    assert everything(other.tracking_uri) == once
+    assert len(runs(other.tracking_uri, kind="summary")) == 1
+
+
+def test_a_store_that_was_emptied_under_a_running_study_fills_again(home: Settings, empty_store: Path) -> None:
+    """A publisher that goes on and finds its runs gone sends what it had already sent."""
+    put(home, begun(), *trial(0)[:3])
+    with Outbox(home.outbox) as box:
+        publisher = tracking._Publisher(home, box)
+        tracking._drain(publisher, lambda: False, None, 5.0, repair=False)
+        with closing(sqlite3.connect(home.home / "mlflow.db")) as database, database:
+            database.execute("DELETE FROM runs")
+            database.execute("DELETE FROM metrics")
+            database.execute("DELETE FROM params")
+            database.execute("DELETE FROM tags")
+            database.execute("DELETE FROM latest_metrics")
+        box.put(trial(0)[3:])
+        tracking._drain(publisher, lambda: False, None, 20.0, repair=False)
+        assert box.unsent() == 0
+    (run,) = runs(home.tracking_uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lambda"] == "0.1"
+    assert [step for step, _, _ in points(home.tracking_uri, run.info.run_id, "eta")] == [1, 2, 3, 4]
+
+
+def test_values_that_are_not_finite_are_stored_once(home: Settings) -> None:
+    """A diverged trial's NaN and infinity are there, as often as they were recorded, after a replay too."""
+    values = [(1, T0 + 1, {"loss/val": math.nan}), (2, T0 + 2, {"loss/val": math.inf}), (3, T0, {"loss/val": 1.0})]
+    start, *_ = trial(0)
+    ended = outbox.trial_ended("digits", start.uid, T0 + 9, "KILLED", "the cost is not finite", {})
+    put(home, begun(), start, outbox.trial_progress("digits", start.uid, 3, T0, values), ended)
+    for _ in range(2):
+        assert tracking.publish(home) == 0
+        tracking.redo(home)
+    (run,) = runs(home.tracking_uri)
+    first, second, third = (value for _, _, value in points(home.tracking_uri, run.info.run_id, "loss/val"))
+    assert math.isnan(first)
+    assert second > 1e308
+    assert third == 1.0
+    assert (run.info.status, run.data.tags["reason"]) == ("KILLED", "the cost is not finite")
+
+
+def test_a_refused_record_does_not_block_the_others(home: Settings) -> None:
+    """A parameter name that MLflow does not take: that record alone is set aside, with the reason, and counted."""
+    start, *rest = trial(0)
+    broken = replace(start, payload=start.payload | {"params": {"what?": 1}})
+    put(home, begun(), broken, *rest, *trial(1))
+    assert tracking.publish(home) == 1
+    assert [run.info.status for run in runs(home.tracking_uri)] == ["FINISHED", "FINISHED"]
+    with Outbox(home.outbox) as box:
+        ((uid, kind, reason),) = box.refusals()
+    assert (uid, kind) == ("digits/s0.i0.r0/1", "trial_begun")
+    assert "what?" in reason
+
+
+def test_files_that_cannot_be_stored_hold_up_nobody_for_ever(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MLflow's artifacts cannot be written, a trial is set aside after some tries; later all of it is sent."""
+    monkeypatch.setattr(tracking, "MOST_FAILURES", 2)
+    put(home, begun(), *trial(0), begun("other"))
+    home.artifacts.mkdir()
+    in_the_way = home.artifacts / "digits"
+    in_the_way.write_text("a file where a folder should be")
+    assert tracking.publish(home) == 6
+    with Outbox(home.outbox) as box:
+        assert box.counts() == {"digits": Counts(sent=1, refused=6), "other": Counts(sent=1)}
+    assert [run.info.status for run in runs(home.tracking_uri)] == ["RUNNING"]
+    in_the_way.unlink()
+    assert tracking.publish(home) == 0
+    assert [run.info.status for run in runs(home.tracking_uri)] == ["FINISHED"]
+
+
+def test_a_long_parameter_is_a_file_and_not_cut(home: Settings) -> None:
+    """MLflow would cut it at 6,000 characters without a word; it is stored whole, and not as a parameter."""
+    start, *rest = trial(0)
+    params = start.payload["params"] | {"story": "x" * 6001, "short": "y" * 6000}
+    put(home, begun(), replace(start, payload=start.payload | {"params": params}), *rest)
+    assert tracking.publish(home) == 0
+    (run,) = runs(home.tracking_uri)
+    assert "story" not in run.data.params
+    assert len(run.data.params["short"]) == 6000
+    stored = mlflow_client(home.tracking_uri).download_artifacts(run.info.run_id, "params/story.txt", str(home.home))
+    assert Path(stored).read_text() == "x" * 6001
+
+
+def test_more_than_one_batch_holds_arrives(home: Settings) -> None:
+    """2,800 metric values and 150 parameters in one go: MLflow takes 1,000 and 100 at a time."""
+    start, *rest = trial(0, points=400)
+    params = {f"p{n}": n for n in range(150)}
+    put(home, begun(), replace(start, payload=start.payload | {"params": params}), *rest)
+    assert tracking.publish(home) == 0
+    (run,) = runs(home.tracking_uri)
+    assert len(run.data.params) == 150
+    assert [len(points(home.tracking_uri, run.info.run_id, key)) for key in KEYS] == [400] * 7
+
+
+def test_a_run_closes_only_with_all_its_points(home: Settings) -> None:
+    """A point that the store lost after it had taken it is there again when the run closes."""
+    put(home, begun(), *trial(0)[:-1])
+    assert tracking.publish(home) == 0
+    with closing(sqlite3.connect(home.home / "mlflow.db")) as database, database:
+        assert database.execute("DELETE FROM metrics WHERE key = 'eta' AND step = 2").rowcount == 1
+    put(home, trial(0)[-1])
+    assert tracking.publish(home) == 0
+    (run,) = runs(home.tracking_uri)
+    assert [step for step, _, _ in points(home.tracking_uri, run.info.run_id, "eta")] == [1, 2, 3, 4]
+
+
+def test_a_failed_attempt_and_its_retry_point_to_each_other(home: Settings) -> None:
+    """The first is FAILED with the error's last line as its reason and the traceback as a file."""
+    error = "Traceback (most recent call last):\n  File ...\nMemoryError: no room\n"
+    failed = trial(0, status="FAILED", reason=error, results={}, confusion=None, weights=None)
+    put(home, begun(), *failed, *trial(0, attempt=2))
+    assert tracking.publish(home) == 0
+    first, second = runs(home.tracking_uri)
+    assert (first.info.status, second.info.status) == ("FAILED", "FINISHED")
+    assert first.data.tags["reason"] == "MemoryError: no room"
+    assert "reason.txt" in files(home.tracking_uri, first.info.run_id)
+    assert first.data.tags["retried_as"] == second.info.run_id
+    assert second.data.tags["retry_of"] == first.info.run_id
+    assert second.info.run_id in first.data.tags["mlflow.note.content"]
+
+
+def test_a_study_ends_with_a_summary_and_curves_of_its_best(home: Settings) -> None:
+    """Numbers as metrics, the choice as tags, the report as a file; only the best trials get a figure."""
+    summary = {"params": {"lambda": 0.1}, "mean": 0.9, "deviation": 0.01, "n": 3, "metric": "val_accuracy"}
+    records = [begun(), *trial(0), *trial(1)]
+    end = outbox.study_ended("digits", T0 + 500, summary, b"<html>report</html>", best=["digits/s0.i1.r0/1"])
+    put(home, *records, end)
+    assert tracking.publish(home) == 0
+    (run,) = runs(home.tracking_uri, kind="summary")
+    assert run.data.metrics == {"summary/mean": 0.9, "summary/deviation": 0.01, "summary/n": 3.0}
+    assert run.data.tags["chosen.lambda"] == "0.1"
+    assert run.info.status == "FINISHED"
+    assert files(home.tracking_uri, run.info.run_id) == ["report.html", "summary.json"]
+    drawn = ["figures/curves.png" in files(home.tracking_uri, r.info.run_id) for r in runs(home.tracking_uri)]
+    assert drawn == [False, True]
+
+
+def test_the_saved_view_answers_which_setting_won(home: Settings) -> None:
+    """The experiment carries a view: ordered by the metric, overlays, a scatter per parameter, image grids."""
+    put(home, begun())
+    assert tracking.publish(home) == 0
+    experiment = mlflow_client(home.tracking_uri).get_experiment_by_name("digits")
+    assert experiment.artifact_location == (home.artifacts / "digits").as_uri()
+    assert experiment.tags["mlflow.note.content"].startswith("Is less more?")
+    stored = experiment.tags["mlflow.sharedViewState.sieve"]
+    assert len(stored) < 20_000
+    view = json.loads(stored)
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`result/val_accuracy`", False)
+    assert "params.`lambda`" in state["selectedColumns"]
+    charts = state["compareRunCharts"]
+    overlays = {tuple(c["selectedMetricKeys"]) for c in charts if c["type"] == "LINE"}
+    assert {("cost/train", "cost/val"), ("loss/train", "loss/val"), ("accuracy/train", "accuracy/val")} < overlays
+    assert [c["xaxis"]["key"] for c in charts if c["type"] == "SCATTER"] == ["log10_lambda", "lambda", "hidden_sizes"]
+    assert {"W1", "W1_final", "confusion"} <= {k for c in charts if c["type"] == "IMAGE" for k in c["imageKeys"]}
+    sections = {s["uuid"] for s in state["compareRunSections"]}
+    assert {c["metricSectionId"] for c in charts} == sections
+    assert len({c["uuid"] for c in charts}) == len(charts)
+    address = tracking.links(home, experiment.experiment_id)["charts"]
+    assert address.endswith("compareRunsMode=CHART&viewStateShareKey=sieve")
+
+
+def test_a_metric_to_minimise_is_ordered_upwards() -> None:
+    """The best setting is on top for a loss too."""
+    view = json.loads(tracking.saved_view({"metric": "val_loss"}, {}, 0))
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`result/val_loss`", True)
+
+
+def test_only_a_publisher_imports_mlflow() -> None:
+    """Importing the module, as the command line does, loads neither mlflow nor matplotlib."""
+    code = "import sys; import search.tracking; print({'mlflow', 'matplotlib'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
+
+
+FOLLOW = """
+import sys
+from search import tracking
+from search.settings import Settings
+print(tracking.publish(Settings.from_environment(), follow=True, parent=int(sys.argv[1])), flush=True)
+"""
+
+
+def follower(settings: Settings, parent: int) -> subprocess.Popen[bytes]:
+    """A publisher process as `sieve launch` starts one."""
+    environment = os.environ | {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": settings.tracking_uri}
+    return subprocess.Popen([sys.executable, "-c", FOLLOW, str(parent)], env=environment, stdout=subprocess.PIPE)
+
+
+def until(done: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def unsent(settings: Settings) -> int:
+    with Outbox(settings.outbox) as box:
+        return box.unsent()
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_what_a_killed_publisher_began_the_next_one_completes(home: Settings) -> None:
+    """Killed again and again in the middle of its work: in the end every run is there once, whole, and closed."""
+    put(home, begun(), *(record for n in range(12) for record in trial(n)))
+    before = unsent(home)
+    for share in (0.95, 0.6, 0.3):
+        publisher = follower(home, os.getpid())
+        until(lambda share=share: unsent(home) <= share * before)  # type: ignore[misc]
+        publisher.kill()
+        publisher.wait()
+        publisher.stdout.close()  # type: ignore[union-attr]
+    assert unsent(home) > 0
+    assert tracking.publish(home) == 0
+    found = runs(home.tracking_uri)
+    assert [run.data.tags["sieve.uid"] for run in found] == sorted(f"digits/s0.i{n}.r0/1" for n in range(12))
+    for run in found:
+        assert run.info.status == "FINISHED"
+        assert [len(points(home.tracking_uri, run.info.run_id, key)) for key in KEYS] == [4] * 7
+
+
+@pytest.mark.slow
+def test_a_follower_ends_when_its_parent_has_and_all_is_sent(home: Settings) -> None:
+    """It sends what comes while the parent lives, and what is left after the parent's end; then it is gone."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as parent:
+        put(home, begun(), *trial(0))
+        publisher = follower(home, parent.pid)
+        until(lambda: unsent(home) == 0)
+        put(home, *trial(1))
+        until(lambda: unsent(home) == 0)
+        assert publisher.poll() is None
+        put(home, *trial(2))
+        parent.kill()
+    assert publisher.communicate(timeout=30)[0] == b"0\n"
+    assert len(runs(home.tracking_uri)) == 3
+
+
+# ---- over HTTP
+
+
+class Server:
+    """A real `mlflow server` with one worker, which can be killed and started again on the same port."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    str(Path(sys.executable).with_name("mlflow")), "server",
+                    *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
+                    *("--backend-store-uri", f"sqlite:///{self.folder}/server.db"),
+                    *("--artifacts-destination", str(self.folder / "artifacts")),
+                ],
+                env=environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+        until(self.answers, 120)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as reply:
+                return bool(reply.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "server.db")
+    server = Server(folder, free_port())
+    server.start()
+    yield server
+    server.kill()
+
+
+Rule = Callable[[str], str]
+
+
+@contextmanager
+def proxy(port: int, rule: Rule) -> Iterator[str]:
+    """Stands before the server: for each request line, `rule` says pass, lose (the reply), 503 or hang."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            lines = head.decode().split("\r\n")
+            fields = {k.lower(): v for k, _, v in (line.partition(": ") for line in lines[1:])}
+            body = await reader.readexactly(int(fields.get("content-length", 0)))
+            what = rule(lines[0])
+            if what == "hang":
+                await asyncio.sleep(30)
+            elif what == "503":
+                writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            else:
+                upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
+                kept = [line for line in lines[:-2] if not line.lower().startswith("connection:")]
+                upstream.write("\r\n".join([*kept, "Connection: close", "", ""]).encode() + body)
+                reply = await upstream_reader.read(-1)
+                upstream.close()
+                if what == "pass":
+                    writer.write(reply)
+            await writer.drain()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    loop = asyncio.new_event_loop()
+    listener = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    finally:
+
+        async def end() -> None:
+            listener.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def rule(**faults: Sequence[str] | str) -> Rule:
+    """Faults by part of a path, with "/" written "__": a sequence is used up, a single word is for ever."""
+    left = {k.replace("__", "/"): list(v) if not isinstance(v, str) else v for k, v in faults.items()}
+
+    def decide(request: str) -> str:
+        for part, todo in left.items():
+            if part in request and todo:
+                return todo if isinstance(todo, str) else todo.pop(0)
+        return "pass"
+
+    return decide
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_replies_that_get_lost_leave_one_run_and_every_point(settings: Settings, server: Server) -> None:
+    """The server works, its answers vanish: creating the experiment, the run, and writing a batch."""
+    faults = rule(experiments__create=["lose"] * 2, runs__create=["lose"] * 3, runs__log=["lose"] * 2)
+    put(settings, begun("lossy"), *trial(0, "lossy"), *trial(1, "lossy"))
+    with proxy(server.port, faults) as address:
+        assert tracking.publish(replace(settings, tracking_uri=address)) == 0
+    found = runs(server.uri, "lossy")
+    assert [run.data.tags["sieve.uid"] for run in found] == ["lossy/s0.i0.r0/1", "lossy/s0.i1.r0/1"]
+    for run in found:
+        assert run.info.status == "FINISHED"
+        assert [len(points(server.uri, run.info.run_id, key)) for key in KEYS] == [4] * 7
+        assert "weights.npz" in files(server.uri, run.info.run_id)
+    twins = mlflow_client(server.uri).search_runs([found[0].info.experiment_id], run_view_type=DELETED_ONLY)
+    assert len(twins) >= 1  # the server really made more than one run
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_burst_of_errors_is_waited_out(settings: Settings, server: Server) -> None:
+    """503 to the first requests of every kind: nothing is lost, nothing is set aside."""
+    put(settings, begun("busy"), *trial(0, "busy"))
+    faults = rule(search=["503"] * 2, create=["503"] * 3, artifacts=["503"] * 3, log=["503"] * 3, update=["503"] * 2)
+    with proxy(server.port, faults) as address:
+        assert tracking.publish(replace(settings, tracking_uri=address)) == 0
+    (run,) = runs(server.uri, "busy")
+    assert run.info.status == "FINISHED"
+    assert [len(points(server.uri, run.info.run_id, key)) for key in KEYS] == [4] * 7
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["dead", "hung"])
+def test_without_a_server_nothing_is_lost(
+    settings: Settings, server: Server, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused or never answered: publishing gives up in time and says how much is left; later all of it arrives."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    records = [begun(how), *trial(0, how)]
+    put(settings, *records)
+    with proxy(server.port, rule(api="hang")) as address:
+        away = address if how == "hung" else f"http://127.0.0.1:{free_port()}"
+        since = time.monotonic()
+        assert tracking.publish(replace(settings, tracking_uri=away), timeout=0.5) == len(records)
+        assert time.monotonic() - since < 25
+    assert tracking.publish(replace(settings, tracking_uri=server.uri)) == 0
+    assert [run.info.status for run in runs(server.uri, how)] == ["FINISHED"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_homes_that_start_together_share_one_experiment(settings: Settings, server: Server) -> None:
+    """Three publishers of three homes, one new study name: one experiment, every run in it, none in experiment 0."""
+    homes = [replace(settings, home=settings.home / str(n), tracking_uri=server.uri) for n in range(3)]
+    for n, home in enumerate(homes):
+        put(home, begun("shared"), *trial(n, "shared"))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    publishers = [follower(home, gone.pid) for home in homes]
+    assert [publisher.communicate(timeout=90)[0] for publisher in publishers] == [b"0\n"] * 3
+    assert len(runs(server.uri, "shared")) == 3
+    assert mlflow_client(server.uri).search_runs(["0"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_server_that_is_killed_and_comes_back_has_everything(settings: Settings, server: Server) -> None:
+    """SIGKILL in the middle; the publisher waits, and every point is there when the server is back."""
+    home = replace(settings, tracking_uri=server.uri)
+    put(home, begun("back"), *(record for n in range(8) for record in trial(n, "back")))
+    before = unsent(home)
+    publisher = follower(home, os.getpid())
+    until(lambda: unsent(home) < before)
+    server.kill()
+    put(home, *trial(8, "back"))
+    time.sleep(1)
+    assert publisher.poll() is None
+    server.start()
+    until(lambda: unsent(home) == 0)
+    publisher.kill()
+    publisher.communicate()
+    found = runs(server.uri, "back")
+    assert [run.info.status for run in found] == ["FINISHED"] * 9
+    for run in found:
+        assert [len(points(server.uri, run.info.run_id, key)) for key in KEYS] == [4] * 7
