@@ -56,7 +56,7 @@ def relu_backward(g: Array, a: Array) -> None:  # da/dz = 1 where a > 0, else 0
 
 
 def sigmoid(z: Array) -> None:  # a = 1 / (1 + exp(-z))
-    np.negative(z, out=z)
+    z *= -1  # np.negative errs on some views of single columns (NumPy 2.4.6)
     np.exp(z, out=z)
     z += 1
     np.reciprocal(z, out=z)
@@ -240,6 +240,7 @@ def softmax_loss(logits: Array, y: Array) -> tuple[Array, Array, Array]:
 
     Returns (loss [K, B], correct [K, B] bool, gradient [K, B, C] of the summed loss by the logits):
     loss = log(sum(exp(logits))) - logits[y],    gradient = softmax(logits) - onehot(y)
+    The logits may be overwritten.
     """
     k, b, c = logits.shape
     z = np.ascontiguousarray(logits.reshape(k * b, c).T)  # [C, K * B]: class by class, so that sums vectorise

@@ -155,12 +155,12 @@ def update_first_layer(p: Population, x: Array, g: Array, rates: Array) -> None:
     runs = []
     for name, columns, members in _runs(p):
         rule, owner = UPDATE_RULES[name], p.owner[columns]
-        r = Rates(*own_precision[:, owner])
+        r = Rates(*np.take(own_precision, owner, axis=1))
         rule.apply(p.bias[columns], db[columns], [bias[columns] for _, bias in p.memory[: rule.remembers]], r)
         if rule.apply is sgd:
             shrink_lazily(p, members, 1 - rates[0, members] * rates[1, members])
             g[:, columns] *= (-rates[0] / p.scale).astype(g.dtype)[owner]
-        runs.append((rule, columns, Rates(*map(_shared, r))))
+        runs.append((rule, columns, r if rule.apply is sgd else Rates(*map(_shared, r))))
     if all(rule.apply is sgd for rule, _, _ in runs):
         add_product(p.v, x, g)
         return
@@ -178,7 +178,7 @@ def update_first_layer(p: Population, x: Array, g: Array, rates: Array) -> None:
 def shrink_lazily(p: Population, members: slice, factor: Array) -> None:
     """Multiply first-layer weights by a factor per member, through `scale` where that stays well above 0."""
     p.scale[members] *= factor
-    for k in np.flatnonzero(p.scale < LEAST_SCALE):
+    for k in np.flatnonzero(p.scale < LEAST_SCALE).tolist():
         p.v[:, p.columns(k)] *= p.v.dtype.type(p.scale[k])
         p.scale[k] = 1
 

@@ -255,7 +255,7 @@ def may_share(state: State) -> tuple[Any, ...]:
 
 
 def advance(
-    states: Sequence[State], data: Dataset, epochs: int, clock: Callable[[], float] = time.perf_counter
+    states: Sequence[State], data: Dataset, epochs: int, clock: Callable[[], float] = time.process_time
 ) -> tuple[list[State], list[Progress]]:
     """Train a group of trials for up to `epochs` epochs; the given states stay as they are."""
     if len({may_share(s) for s in states}) != 1:
@@ -278,7 +278,7 @@ def _advance_until_one_leaves(
 ) -> list[tuple[State, Progress]]:
     states = [s for s, _ in members]
     costs = [s.config.cost(data.train.x.shape[1], len(data.classes)) for s in states]
-    population = _pack(states, data)
+    population = pack(states, data)
     for state, progress in members:
         if state.update == 0:
             progress.snapshots.append(_snapshot(population, states.index(state), state))
@@ -300,14 +300,14 @@ def _advance_until_one_leaves(
         state.layers, state.scale, state.memory = save_member(population, k, len(state.memory))
     leavers = [k for k, s in enumerate(states) if s.finished and s.diverged is None]
     if leavers and data.test is not None:
-        loss, accuracy, confusion = evaluate(_pack([states[k] for k in leavers], data), data, data.test)
+        loss, accuracy, confusion = evaluate(pack([states[k] for k in leavers], data), data, data.test)
         for i, k in enumerate(leavers):
             members[k][1].test = {"loss": float(loss[i]), "accuracy": float(accuracy[i])}
             members[k][1].confusion = confusion[i]
     return [m for m in members if not m[0].finished]
 
 
-def _pack(states: Sequence[State], data: Dataset) -> Population:
+def pack(states: Sequence[State], data: Dataset) -> Population:
     inputs = data.train.x.shape[1]
     population = populate(
         [s.config for s in states],
@@ -330,12 +330,12 @@ def _train(population: Population, states: Sequence[State], data: Dataset, until
     loss_sum, accuracy_sum = np.array([s.running[:2] for s in states]).T
     done = 0
     for x, y, n in batches(data, first.order, first.config.batch_size, first.update, until):
-        masks = _dropout_masks(population, states, len(x))
+        masks = dropout_masks(population, states, len(x))
         loss, correct = step(population, x, y, n, rates[done], masks)
         done += 1
-        mean_loss = loss.mean(axis=1)  # [K]
+        mean_loss = np.add.reduce(loss, axis=1) / n  # [K]
         loss_sum += mean_loss
-        accuracy_sum += correct.mean(axis=1)
+        accuracy_sum += np.add.reduce(correct, axis=1) / n
         if not np.isfinite(mean_loss).all():
             break
     for k, state in enumerate(states):
@@ -392,7 +392,7 @@ def normalise(images: Array, data: Dataset, out: Array) -> None:
     out *= data.scale
 
 
-def _dropout_masks(population: Population, states: Sequence[State], rows: int) -> list[list[Array]]:
+def dropout_masks(population: Population, states: Sequence[State], rows: int) -> list[list[Array]]:
     """Inverted dropout (Srivastava et al. 2014): 0 for a dropped unit, else 1 / (1 - probability)."""
     masks: list[list[Array]] = []
     for stack in population.stacks:
@@ -413,17 +413,17 @@ def evaluate(population: Population, data: Dataset, split: Split) -> tuple[Array
     """Loss [K], accuracy [K] and confusion counts [K, C, C] of all members on a split."""
     k, c, examples = population.size, population.classes, len(split.y)
     loss_sum, confusion = np.zeros(k), np.zeros((k, c, c), np.int64)
-    x = np.empty((EVALUATION_ROWS, split.x.shape[1]), np.float32)
+    x = np.zeros((EVALUATION_ROWS, split.x.shape[1]), np.float32)  # products of one size, the last ones too
     for begin in range(0, examples, EVALUATION_ROWS):
-        n = min(EVALUATION_ROWS, examples - begin)
-        rows = np.resize(np.arange(begin, begin + n), EVALUATION_ROWS)
-        normalise(split.x[rows], data, out=x)
-        logits, y = forward(population, x).logits, split.y[rows]  # [K, B, C], [B]
-        loss, _, _ = softmax_loss(logits, y)
-        loss_sum += loss[:, :n].sum(axis=1, dtype=np.float64)
-        cells = y[:n] * c + logits[:, :n].argmax(axis=2)
+        images, y = split.x[begin : begin + EVALUATION_ROWS], split.y[begin : begin + EVALUATION_ROWS]
+        n = len(y)
+        normalise(images, data, out=x[:n])
+        logits = forward(population, x).logits[:, :n]
+        cells = y * c + logits.argmax(axis=2)
         for i in range(k):
             confusion[i] += np.bincount(cells[i], minlength=c * c).reshape(c, c)
+        loss, *_ = softmax_loss(logits, y)
+        loss_sum += loss.sum(axis=1, dtype=np.float64)
     return loss_sum / examples, confusion.trace(axis1=1, axis2=2) / examples, confusion
 
 

@@ -1,7 +1,8 @@
 """What to try next: a pure function of the study, its seed and the results so far. No Optuna, files or network.
 
 Coarse to fine in the unit cube: a stage's points fill a box, and the next box is narrower, around the weighted
-mean of the best points so far. `unit_points`, `place` and `narrow` are that rule, and know of no study file.
+mean of the best points so far. Within it, places go to Sobol points near which earlier points did well.
+`narrow` and `fill` are that rule, and know of no study file.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ Ask = Callable[[int, int, Sequence["Result"]], Sequence[Params]]  # generation, 
 
 WORST = -math.inf
 LEAST = 4  # points that the centre of a box is the mean of
+ENOUGH = 10  # known points, from which on a stage goes by the nearest of them
+CANDIDATES = 8  # Sobol points for each place, a power of two
 BORDER = 0.02  # of a range's width: nearer than this, a value lies at the border
 
 
@@ -153,6 +156,28 @@ def narrow(cube: Cube, points: Array, scores: Array, width: float, top: float) -
             kept = sorted(side, key=lambda k: -support[k])[: math.ceil(width * len(side))]
             sides.append(tuple(sorted(kept)))
     return tuple(sides)
+
+
+def fill(cube: Cube, n: int, points: Array, scores: Array, *seed: int) -> Array:
+    """The n points [n, d] of a stage, in its box, when `points` with these scores are known from before.
+
+    Once ENOUGH are known, each place goes to the most promising of CANDIDATES Sobol points in a row: the one
+    whose nearest known points, about the square root of all, rank best on the mean. Values of a choice are as
+    far from each other as the ends of a range.
+    """
+    if len(points) < ENOUGH:
+        return place(cube, unit_points(n, len(cube), *seed))
+    groups = place(cube, unit_points(n * CANDIDATES, len(cube), *seed)).reshape(n, CANDIDATES, len(cube))
+    near = round(math.sqrt(len(points)))
+    ranks = np.argsort(np.argsort(scores, kind="stable"), kind="stable")
+    choice = np.array([not isinstance(side, Interval) for side in cube])
+    chosen = np.empty((n, len(cube)))
+    for k, group in enumerate(groups):
+        gaps = group[:, None] - points
+        distances = np.where(choice, gaps != 0, gaps**2).sum(-1)
+        nearest = np.argsort(distances, axis=1, kind="stable")[:, :near]
+        chosen[k] = group[ranks[nearest].sum(1).argmax()]
+    return chosen
 
 
 def schedule(trials: int) -> list[int]:
@@ -384,7 +409,8 @@ def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, 
         return [dict(zip(dimensions, values, strict=True)) for values in product(*_levels(spec))]
     if search.method == "coarse-to-fine":
         cube = _cubes(spec, finished, number + 1)[-1]
-        return _params(dimensions, place(cube, unit_points(stage.configurations, len(cube), spec.seed, number)))
+        points, scores = _known(spec, finished, 0 if search.stages[number].box else number)
+        return _params(dimensions, fill(cube, stage.configurations, points, scores, spec.seed, number))
     if search.method == "random":
         whole = _whole(dimensions)
         if search.points == "sobol":
@@ -447,7 +473,7 @@ def _uniform(n: int, names: Sequence[str], seed: int) -> Array:
 
 def _cubes(spec: StudySpec, finished: Sequence[Finished], number: int) -> list[Cube]:
     """The boxes of the first stages of coarse to fine; all but the last of them must be complete."""
-    search, dimensions, plan = spec.search, spec.dimensions, _stages(spec)
+    search, dimensions = spec.search, spec.dimensions
     assert search.method == "coarse-to-fine"
     cube, found = _whole(dimensions), list[Cube]()
     for k, stage in enumerate(search.stages[:number]):
@@ -455,17 +481,22 @@ def _cubes(spec: StudySpec, finished: Sequence[Finished], number: int) -> list[C
             edge = (1 - stage.width) / 2
             cube = tuple(Interval(edge, 1 - edge) if isinstance(side, Interval) else side for side in cube)
         else:
-            alike = {j for j in range(k) if plan[j].alike(plan[k - 1])}
-            known = results(f for f in _in_order(finished) if f.slot.stage in alike)
-            points = [[coordinate_of(d, r.params[name]) for name, d in dimensions.items()] for r in known]
-            scores = np.array([r.mean for r in known])
-            cube = narrow(cube, np.array(points), scores, stage.width, search.top)
+            cube = narrow(cube, *_known(spec, finished, k), stage.width, search.top)
         cube = tuple(
             _explicit(dimensions[name], *given) if (given := _given(stage.box, name)) else side
             for name, side in zip(dimensions, cube, strict=True)
         )
         found.append(cube)
     return found
+
+
+def _known(spec: StudySpec, finished: Sequence[Finished], number: int) -> tuple[Array, Array]:
+    """Points [n, d] and scores [n] from before a stage, of the stages that were trained like the one before it."""
+    plan, dimensions = _stages(spec), spec.dimensions
+    alike = {k for k in range(number) if plan[k].alike(plan[number - 1])}
+    known = results(f for f in _in_order(finished) if f.slot.stage in alike)
+    points = [[coordinate_of(d, r.params[name]) for name, d in dimensions.items()] for r in known]
+    return np.array(points).reshape(len(known), len(dimensions)), np.array([r.mean for r in known])
 
 
 def _given(box: Mapping[str, Any], name: str) -> tuple[float, float] | None:

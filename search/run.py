@@ -25,30 +25,32 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 from optuna.trial import TrialState
 
 from core.data import Dataset
 from core.train import Progress, State, TrainConfig, advance, may_share, start
-from search import __version__, checkpoint, outbox, plan
+from search import __version__, checkpoint, outbox, plan, prune
 from search.datasets import open_dataset
 from search.errors import Interrupted, SieveError, StudyBusy, StudyFailed, UnknownStudy
 from search.executor import LOST, open_executor
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
+from search.samplers import OPTUNA_SAMPLERS, asker
 from search.settings import Settings
 from search.storage import (
     Attempt,
+    PATIENCE,
     StudyRecord,
     distribution,
     finished_attempts,
     is_empty,
     open_storage,
+    owned,
     register,
     study_names,
 )
-from search.study import Choice, StudySpec
+from search.study import Choice, Halving, StudySpec
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
 PUBLISHER_SECONDS = 20.0  # without getting on, before the rest is left to `sieve sync`
@@ -150,6 +152,11 @@ def groups(trials: Iterable[Trial], workers: int) -> list[list[Trial]]:
     return packed
 
 
+def is_asked(spec: StudySpec) -> bool:
+    """Whether one of Optuna's samplers chooses the points."""
+    return spec.search.method in OPTUNA_SAMPLERS
+
+
 def score(spec: StudySpec, attempt: Attempt) -> float:
     """The higher the better; -inf for what diverged or was pruned."""
     if attempt.state != TrialState.COMPLETE or attempt.value is None:
@@ -195,8 +202,13 @@ class Runner:
     ) -> None:
         self.spec, self.settings, self.record, self.box = spec, settings, record, box
         self.executor, self.workers, self.warn, self.clock = executor, workers, warn, clock
-        self.datasets: dict[str, Dataset] = {}
         self.distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
+        self.datasets: dict[str, Dataset] = {}
+        self.ask = asker(spec.search.method, self.distributions, spec.seed) if is_asked(spec) else None
+        self.pruner = prune.optuna_pruner(spec)
+        self.rungs = spec.pruner if isinstance(spec.pruner, Halving) and spec.pruner.barrier else None
+        self.waiting: list[Trial] = []  # at a rung, for the rest of their stage
+        self.at_rung: dict[tuple[int, int], dict[Slot, float]] = {}  # (stage, evaluations) -> scores there
         self.todo: deque[Proposal] = deque()
         self.ready: list[Trial] = []
         self.flying: dict[Future[tuple[list[State], list[Progress]]], Flight] = {}
@@ -221,6 +233,8 @@ class Runner:
         self.planned = sum(stage.trials for stage in plan.stages(spec))
         self.proposed_at = -1
         self.before = len(self.settled) + len(self.failed)  # done by earlier launches
+        if self.rungs:
+            self._remember_rungs(self.rungs)
         for attempt in attempts:
             if attempt.state == TrialState.RUNNING:
                 self._adopt(attempt)
@@ -232,6 +246,7 @@ class Runner:
     def stop(self, how: str = "stop") -> None:
         """Start nothing more. "stop" keeps the running trials for later, "cancel" gives them up."""
         self.stopping = how
+        self.record.patience = STOP_SECONDS
 
     def run(self, show: Callable[[Status], None] = lambda status: None) -> None:
         """Until nothing is left to do, or `stop` was called and the running slices are in."""
@@ -259,11 +274,11 @@ class Runner:
             return
         self.proposed_at = settled
         finished = results(self.spec, self.settled.values(), self.failed)
-        known = self.settled.keys() | self.failed.keys() | {t.slot for t in self.ready}
+        known = self.settled.keys() | self.failed.keys() | {t.slot for t in [*self.ready, *self.waiting]}
         known |= {t.slot for flight in self.flying.values() for t in flight.trials}
         if self.spec.limits.minutes is not None and self.clock() - self.began > 60 * self.spec.limits.minutes:
             return
-        self.todo.extend(p for p in plan.propose(self.spec, finished) if p.slot not in known)
+        self.todo.extend(p for p in plan.propose(self.spec, finished, self.ask) if p.slot not in known)
         stages = [
             {"name": stage.name, "trials": stage.trials, "box": box}
             for stage, box in zip(plan.stages(self.spec), plan.boxes(self.spec, finished), strict=True)
@@ -277,6 +292,7 @@ class Runner:
             return
         if not self.todo and not self.ready:
             self._propose()
+        self._leave_rungs()
         room = idle * MOST_COLUMNS - sum(t.columns for t in self.ready)
         while self.todo and room > 0:
             trial = self._begin(self.todo.popleft())
@@ -289,14 +305,23 @@ class Runner:
 
     def _submit(self, trials: list[Trial]) -> None:
         seconds_per_epoch = sum(t.cost for t in trials) / self.rate
-        epochs = max(1, round(SLICE_SECONDS / seconds_per_epoch))
+        epochs = max(1, min(round(SLICE_SECONDS / seconds_per_epoch), *(self._most_epochs(t) for t in trials)))
         future = self.executor.submit(advance, [t.state for t in trials], trials[0].data, epochs)
         self.flying[future] = Flight(trials, epochs, self.clock())
+
+    def _most_epochs(self, trial: Trial) -> int:
+        """How far a slice may go before its trial is compared with others."""
+        state, done = trial.state, len(trial.progress.evaluations)
+        per_evaluation = (trial.config.eval_every or state.per_epoch) / state.per_epoch
+        if self.rungs:
+            return max(1, round((prune.next_rung(self.rungs, done) - done) * per_evaluation))
+        whole = math.ceil(state.total / state.per_epoch)
+        return max(1, whole // prune.SLICES) if self.pruner else whole
 
     @property
     def done(self) -> bool:
         """Whether `run` came to the end of the plan."""
-        return not (self.stopping or self.flying or self.ready or self.todo)
+        return not (self.stopping or self.flying or self.ready or self.waiting or self.todo)
 
     # ---- a trial's beginning
 
@@ -326,9 +351,21 @@ class Runner:
             trial.state, trial.progress = checkpoint.load(self._checkpoint(trial))
         self.box.put([self._trial_begun(trial)])
         if trial.state.finished:  # it died between the checkpoint and the storage
-            self._finish(trial)
-        else:
-            self.ready.append(trial)
+            self.box.put([self._ended(trial)])
+        self._go_on(trial)
+
+    def _remember_rungs(self, rungs: Halving) -> None:
+        """The scores at rungs of trials that are settled: the others are measured against them."""
+        sign = 1 if self.spec.maximise else -1
+        for slot, attempt in self.settled.items():
+            curve = self.record.storage.get_trial(attempt.trial_id).intermediate_values
+            self._note_rungs(rungs, slot, [sign * curve[step] for step in sorted(curve)])
+
+    def _note_rungs(self, rungs: Halving, slot: Slot, scores: list[float]) -> None:
+        rung = prune.next_rung(rungs, 0)
+        while rung <= len(scores):
+            self.at_rung.setdefault((slot.stage, rung), {})[slot] = scores[rung - 1]
+            rung = prune.next_rung(rungs, rung)
 
     # ---- a slice's end
 
@@ -376,13 +413,46 @@ class Runner:
             checkpoint.save(self._checkpoint(trial), trial.state, trial.progress)
         self.record.add_curves(curves)
         for trial in flight.trials:
-            if trial.state.finished:
-                self._finish(trial)
-            else:
+            self._go_on(trial)
+
+    def _go_on(self, trial: Trial) -> None:
+        """After a slice: settle the trial, cut it, let it wait at a rung, or make it ready for the next slice."""
+        done = len(trial.progress.evaluations)
+        if self.rungs:
+            values = [self.spec.score([e]) for e in trial.progress.evaluations]
+            self._note_rungs(self.rungs, trial.slot, values)
+        if trial.state.finished:
+            self._finish(trial)
+        elif self.pruner and prune.is_worse(self.pruner, self.record.storage, self.spec.name, trial.trial_id):
+            self._cut(trial, f"pruned by {self.spec.pruner.method if self.spec.pruner else ''}")
+        elif done in {evaluations for stage, evaluations in self.at_rung if stage == trial.slot.stage}:
+            self.waiting.append(trial)
+        else:
+            self.ready.append(trial)
+
+    def _leave_rungs(self) -> None:
+        """Let the best of a stage go on once all of it is settled, or waits at this rung or a later one."""
+        if not self.waiting or not self.rungs or self.todo or self.ready or self.flying:
+            return
+        rung = min(len(trial.progress.evaluations) for trial in self.waiting)
+        here = [trial for trial in self.waiting if len(trial.progress.evaluations) == rung]
+        self.waiting = [trial for trial in self.waiting if trial not in here]
+        for trial in here:
+            if trial.slot in prune.survivors(self.at_rung[trial.slot.stage, rung], self.rungs.reduction):
                 self.ready.append(trial)
+            else:
+                self._cut(trial, "pruned at a rung")
+
+    def _cut(self, trial: Trial, why: str) -> None:
+        """Settle a trial that others have left behind. Its checkpoint says so first: this may be cut short as well."""
+        trial.state.finished = True
+        trial.state.diverged = f"{why} after {len(trial.progress.evaluations)} evaluations"
+        checkpoint.save(self._checkpoint(trial), trial.state, trial.progress)
+        self.box.put([self._ended(trial)])
+        self._finish(trial)
 
     def _finish(self, trial: Trial) -> None:
-        """Settle a trial that trained to its end, or diverged on the way."""
+        """Settle a trial that trained to its end, diverged on the way, or was cut."""
         value = self.spec.value(trial.progress.evaluations)
         diverged = trial.state.diverged or (None if math.isfinite(value) else "there is no finite value")
         state = TrialState.PRUNED if diverged else TrialState.COMPLETE
@@ -409,9 +479,9 @@ class Runner:
 
     def _give_up(self) -> None:
         flying = [trial for flight in self.flying.values() for trial in flight.trials]
-        for trial in [*self.ready, *flying]:
+        for trial in [*self.ready, *self.waiting, *flying]:
             self._fail(trial, "cancelled by the user")
-        self.ready, self.flying = [], {}
+        self.ready, self.waiting, self.flying = [], [], {}
 
     def _checkpoint(self, trial: Trial) -> Path:
         return self.settings.checkpoints / self.spec.name / f"{trial.slot}.{trial.attempt}.npz"
@@ -444,6 +514,8 @@ class Runner:
             optuna_study_id=self.record.study_id,
         )
         self.box.put([begun])
+        if self.spec.pruner:
+            self.record.set_attr("pruning", prune.TIMING if self.pruner else prune.BARRIER)
 
     def _trial_begun(self, trial: Trial) -> Record:
         tags = {
@@ -479,21 +551,22 @@ class Runner:
             for step, weights in part.snapshots
         ]
         if trial.state.finished:
-            reason = trial.state.diverged
-            records.append(
-                outbox.trial_ended(
-                    study,
-                    uid,
-                    now,
-                    "KILLED" if reason else "FINISHED",
-                    reason,
-                    self._results(trial),
-                    trial.progress.confusion,
-                    trial.state.weights,
-                    classes=data.classes,
-                )
-            )
+            records.append(self._ended(trial))
         return records
+
+    def _ended(self, trial: Trial) -> Record:
+        reason = trial.state.diverged
+        return outbox.trial_ended(
+            self.spec.name,
+            trial.uid(self.spec.name),
+            self.clock(),
+            "KILLED" if reason else "FINISHED",
+            reason,
+            self._results(trial),
+            trial.progress.confusion,
+            trial.state.weights,
+            classes=trial.data.classes,
+        )
 
     # ---- how it stands
 
@@ -511,7 +584,7 @@ class Runner:
             complete=self.states[TrialState.COMPLETE],
             pruned=self.states[TrialState.PRUNED],
             failed=len(self.failed),
-            running=len(flying) + len(self.ready),
+            running=len(flying) + len(self.ready) + len(self.waiting),
             best=self.best.value if self.best else None,
             best_params=self.best.params if self.best else {},
             epochs_per_second=sum(epochs for _, epochs in self.epoch_times) / max(window, 1e-3),
@@ -563,21 +636,6 @@ class Outcome:
     unsent: int  # tracking records that did not reach MLflow yet
 
 
-@contextmanager
-def owned(settings: Settings, study: str) -> Iterator[None]:
-    """Be the only runner of a study. Raises StudyBusy."""
-    settings.locks.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(settings.locks / f"{study}.lock", timeout=0)
-    try:
-        with lock:
-            yield
-    except filelock.Timeout:
-        raise StudyBusy(
-            f"study '{study}' is being run by another process; `sieve status {study}` shows it, "
-            f"`sieve stop {study}` stops it"
-        ) from None
-
-
 def launch(
     spec: StudySpec,
     settings: Settings,
@@ -592,12 +650,14 @@ def launch(
     """Run a study to its end, from its beginning or from where it was left.
 
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
-    signal handler; `warn` gets what a person should know. Without `publish`, all that MLflow is to show stays in the outbox.
+    signal handler; `warn` gets what a person should know. Without `publish`, all for MLflow stays in
+    the outbox.
     Raises StudyConflict, StudyBusy, DataError; Interrupted if it was stopped; StudyFailed without any result.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
-    with owned(settings, spec.name), Outbox(settings.outbox) as box:
-        record = register(open_storage(settings.storage), spec)
+    with owned(settings.storage, spec.name) as still_owned, Outbox(settings.outbox) as box:
+        record = register(open_storage(settings.storage), spec, still_owned, PATIENCE)
+        record.warn = warn
         with (
             publishing(box, spec.name) if publish else nullcontext(),
             closing_workers(settings, workers) as (executor, count),
@@ -706,7 +766,9 @@ def stored(study: str, settings: Settings) -> StudyRecord:
 
 def dry_run(spec: StudySpec, settings: Settings, *, workers: int | None = None) -> dict[str, Any]:
     """What `launch` would do, and about how long, from one timed slice; nothing is written at home."""
-    proposals = plan.propose(spec, [])
+    distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
+    ask = asker(spec.search.method, distributions, spec.seed) if is_asked(spec) else None
+    proposals = plan.propose(spec, [], ask)
     stages = plan.stages(spec)
     with tempfile.TemporaryDirectory() as folder:
         aside = replace(settings, home=Path(folder), data_dir=settings.data_dir or settings.data_cache)
@@ -769,7 +831,7 @@ def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str,
 
 def _is_owned(settings: Settings, study: str) -> bool:
     try:
-        with owned(settings, study):
+        with owned(settings.storage, study):
             return False
     except StudyBusy:
         return True

@@ -16,10 +16,12 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
+from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search.plan import (
+    ENOUGH,
     Array,
     Ask,
     Cube,
@@ -28,6 +30,7 @@ from search.plan import (
     Result,
     Side,
     coordinate_of,
+    fill,
     narrow,
     place,
     schedule,
@@ -43,8 +46,8 @@ class CoarseToFineSampler(BaseSampler):
 
     A trial's number decides its stage and its point, and finished trials of earlier stages decide the box, so
     equal seeds repeat a study exactly, and threads and processes can share one (a stage that starts before the
-    one ahead of it has ended uses what is finished). Without a seed the study's name serves as one. Each
-    parameter is drawn by itself: spaces may be conditional or change, and no distribution is ever narrowed.
+    one ahead of it has ended uses what is finished). Without a seed the study's name serves as one. Spaces may
+    be conditional or change on the way, and no distribution is ever narrowed.
 
     Args:
         n_trials: The budget that the stages divide; further trials stay in the last box.
@@ -66,44 +69,65 @@ class CoarseToFineSampler(BaseSampler):
         self._top, self._seed = top, seed
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Empty: a box has one side for each parameter, so that each can be drawn by itself."""
+        """The parameters that every trial before this stage has, once there are enough to tell a promising point."""
         self._raise_error_if_multi_objective(study)
-        return {}
+        stage, _ = self._place(trial)
+        before = [t for t in _complete(study) if t.number < self._starts[stage]]
+        space = intersection_search_space(before) if len(before) >= ENOUGH else {}
+        return {name: d for name, d in space.items() if not d.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The trial's point in this space."""
         self._raise_error_if_multi_objective(study)
-        return {name: self._draw(study, trial, k, name, d) for k, (name, d) in enumerate(search_space.items())}
+        if not search_space:
+            return {}
+        stage, index = self._place(trial)
+        cube, points, scores = self._box(study, search_space, stage)
+        point = fill(cube, index + 1, points, scores, self._seed_of(study), stage)[index]
+        return {name: _value(d, float(u)) for (name, d), u in zip(search_space.items(), point, strict=True)}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """The coordinate of the trial's point that belongs to the parameter it suggests next."""
         self._raise_error_if_multi_objective(study)
-        return self._draw(study, trial, len(trial.params), param_name, param_distribution)
+        stage, index = self._place(trial)
+        cube, _, _ = self._box(study, {param_name: param_distribution}, stage)
+        points = _points(index.bit_length(), self._seed_of(study), stage)
+        axis = len(trial.params) % MOST_DIMENSIONS
+        return _value(param_distribution, float(place(cube, points[[index]][:, [axis]])[0, 0]))
 
-    def _draw(self, study: Study, trial: FrozenTrial, axis: int, name: str, distribution: BaseDistribution) -> Any:
-        seed = zlib.crc32(study.study_name.encode()) if self._seed is None else self._seed
+    def _place(self, trial: FrozenTrial) -> tuple[int, int]:
+        """The trial's stage and its index in there."""
         stage = sum(start <= trial.number for start in self._starts) - 1
-        index = trial.number - self._starts[stage]
-        points = _points(index.bit_length(), seed, stage)
-        box = self._box(study, name, distribution, stage)
-        return _value(distribution, float(place(box, points[[index]][:, [axis % MOST_DIMENSIONS]])[0, 0]))
+        return stage, trial.number - self._starts[stage]
 
-    def _box(self, study: Study, name: str, distribution: BaseDistribution, stage: int) -> Cube:
-        """This parameter's side of the box of a stage."""
+    def _seed_of(self, study: Study) -> int:
+        return zlib.crc32(study.study_name.encode()) if self._seed is None else self._seed
+
+    def _box(self, study: Study, space: dict[str, BaseDistribution], stage: int) -> tuple[Cube, Array, Array]:
+        """The box of a stage in this space, and what is known before that stage: points [n, d], scores [n]."""
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        known = [t for t in trials if name in t.params and _comparable(distribution, t.distributions[name])]
+        known = [
+            t
+            for t in _complete(study)
+            if all(name in t.params and _comparable(d, t.distributions[name]) for name, d in space.items())
+        ]
         numbers = np.array([t.number for t in known], int)
-        points = np.array([[_coordinate(distribution, t.params[name])] for t in known]).reshape(-1, 1)
+        points = np.array([[_coordinate(d, t.params[name]) for name, d in space.items()] for t in known])
+        points = points.reshape(len(known), len(space))
         scores = np.array([sign * value if (value := t.value) is not None else -np.inf for t in known])
-        cube: Cube = (_whole(distribution),)
+        cube: Cube = tuple(_whole(d) for d in space.values())
         for start in self._starts[1 : stage + 1]:
             cube = narrow(cube, points[numbers < start], scores[numbers < start], self._shrink, self._top)
-        return cube
+        before = numbers < self._starts[stage]
+        return cube, points[before], scores[before]
+
+
+def _complete(study: Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
 @lru_cache(maxsize=64)

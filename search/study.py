@@ -484,6 +484,15 @@ class Halving(_Model):
     method: Literal["successive-halving", "hyperband"]
     least: Count = Field(default=2, description="evaluations every trial is given")
     reduction: int = Field(default=3, ge=2, le=100)
+    barrier: bool = Field(
+        default=False, description="successive-halving: a stage waits at each rung, so that timing decides nothing"
+    )
+
+    @model_validator(mode="after")
+    def _barrier_has_one_bracket(self) -> Halving:
+        if self.barrier and self.method == "hyperband":
+            raise _wrong((("barrier",), "only successive-halving waits at its rungs"))
+        return self
 
 
 Pruner = Annotated[Median | Halving, Field(discriminator="method")]

@@ -27,7 +27,7 @@ from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, Un
 from search.outbox import Outbox
 from search.plan import Slot
 from search.settings import Settings
-from search.storage import Attempt
+from search.storage import Attempt, owned
 from search.study import StudySpec
 from tests.conftest import QUICK
 
@@ -167,7 +167,7 @@ def test_another_spec_under_the_same_name_is_refused(settings: Settings, quick: 
 
 def test_a_second_runner_is_refused(settings: Settings, quick: Spec) -> None:
     """While a study has an owner, another launch of it says so and touches nothing."""
-    with run.owned(settings, "quick"), pytest.raises(StudyBusy, match="sieve stop quick"):
+    with owned(settings.storage, "quick"), pytest.raises(StudyBusy, match="sieve stop quick"):
         launch(quick(), settings)
     assert not (settings.home / "sieve.db").exists()
 

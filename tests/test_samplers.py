@@ -160,6 +160,13 @@ def test_conditional_parameters() -> None:
     assert study.best_trial.params["kind"] == "adam"
 
 
+def test_parameters_of_a_single_value() -> None:
+    """Parameters that have one value only are no obstacle at any stage."""
+    study = optuna.create_study(sampler=CoarseToFineSampler(25, seed=0))
+    study.optimize(lambda t: suggest(t) + t.suggest_float("f", 1, 1) + t.suggest_int("i", 2, 2), n_trials=25)
+    assert {(t.params["f"], t.params["i"]) for t in study.trials} == {(1.0, 2)}
+
+
 @pytest.mark.parametrize("given", [{"n_trials": 0}, {"final_width": 0.0}, {"final_width": 1.5}, {"top": 0.0}])
 def test_wrong_settings(given: dict[str, Any]) -> None:
     """A setting that makes no sense is refused by name."""

@@ -355,8 +355,8 @@ def test_dropout_keeps_the_expected_activation():
     masked = [fit([config], DATA, seed=0)[0].history[0].metrics["loss/train"]]
     plain = fit([replace(config, dropout=0.0)], DATA, seed=0)[0].history[0].metrics["loss/train"]
     state = start(config, DATA, (0, 0))
-    population = train._pack([state], DATA)
-    (((mask,),)) = train._dropout_masks(population, [state], 50_000)
+    population = train.pack([state], DATA)
+    (((mask,),)) = train.dropout_masks(population, [state], 50_000)
     values, counts = np.unique(mask, return_counts=True)
     assert_allclose(values, [0, 1 / 0.75], rtol=1e-6)
     assert_allclose(counts / mask.size, [0.25, 0.75], atol=0.002)

@@ -1,0 +1,51 @@
+"""Which trials stop early: Optuna's pruners between slices, or rungs at which a whole stage waits.
+
+Optuna's pruners compare with whoever is ahead by then, so what they cut depends on timing. At a rung with a
+barrier the decision is taken when the whole stage is there; it is the same for any number of workers.
+"""
+
+from collections.abc import Mapping
+
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
+from optuna.storages import BaseStorage
+
+from search.plan import Slot
+from search.study import Halving, Median, StudySpec
+
+SLICES = 10  # a trial is asked about so often at the least
+
+TIMING = "a pruner compares running trials: which of them are cut depends on timing"
+BARRIER = "a stage waits at each rung: which trials are cut does not depend on timing"
+
+
+def optuna_pruner(spec: StudySpec) -> BasePruner | None:
+    """Optuna's pruner that the study asks for; None without one, or with a barrier."""
+    pruner = spec.pruner
+    if isinstance(pruner, Median):
+        return MedianPruner(n_startup_trials=pruner.startup, n_warmup_steps=pruner.warmup)
+    if not isinstance(pruner, Halving) or pruner.barrier:
+        return None
+    if pruner.method == "hyperband":
+        return HyperbandPruner(min_resource=pruner.least, reduction_factor=pruner.reduction)
+    return SuccessiveHalvingPruner(min_resource=pruner.least, reduction_factor=pruner.reduction)
+
+
+def is_worse(pruner: BasePruner, storage: BaseStorage, study_name: str, trial_id: int) -> bool:
+    """Whether Optuna's pruner would stop this running trial now."""
+    study = optuna.load_study(study_name=study_name, storage=storage, pruner=pruner)
+    return pruner.prune(study, storage.get_trial(trial_id))
+
+
+def next_rung(pruner: Halving, evaluations: int) -> int:
+    """The number of evaluations at the first rung after so many: least, least * reduction, ..."""
+    rung = pruner.least
+    while rung <= evaluations:
+        rung *= pruner.reduction
+    return rung
+
+
+def survivors(scores: Mapping[Slot, float], reduction: int) -> set[Slot]:
+    """The best 1 / reduction of a stage at a rung, one at the least; of equal scores the earlier slot's goes on."""
+    best_first = sorted(scores, key=lambda slot: (-scores[slot], slot))
+    return set(best_first[: max(1, len(scores) // reduction)])
