@@ -1,0 +1,109 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search import prune, run
+from search.plan import Slot
+from search.settings import Settings
+from search.study import Halving, StudySpec
+
+Spec = Callable[..., StudySpec]
+launch = partial(run.launch, publish=False)
+LONG = {"base": {"batch_size": 50, "epochs": 12}, "search": {"method": "random", "trials": 9}, "confirm": False}
+
+
+def ends(settings: Settings) -> dict[str, tuple[Any, ...]]:
+    return {
+        str(a.slot): (a.state.name, a.value, a.attrs.get("reason"), a.attrs["epochs"])
+        for a in run.stored("quick", settings).attempts()
+    }
+
+
+def test_rungs_grow_by_the_reduction() -> None:
+    """least 2 and reduction 3 put rungs at 2, 6, 18 evaluations."""
+    pruner = Halving(method="successive-halving", least=2, reduction=3)
+    assert [prune.next_rung(pruner, n) for n in (0, 1, 2, 5, 6, 17)] == [2, 2, 6, 6, 18, 18]
+
+
+@given(scores=st.lists(st.floats(0, 1), min_size=1, max_size=40), reduction=st.integers(2, 5))
+def test_the_best_of_a_stage_go_on(scores: list[float], reduction: int) -> None:
+    """Nobody who is cut at a rung has a better score than anyone who goes on; one always does."""
+    at_rung = {Slot(0, i, 0): score for i, score in enumerate(scores)}
+    on = prune.survivors(at_rung, reduction)
+    assert len(on) == max(1, len(scores) // reduction)
+    assert min(at_rung[s] for s in on) >= max((v for s, v in at_rung.items() if s not in on), default=0)
+
+
+def test_rungs_with_a_barrier_cut_the_same_for_any_number_of_workers(
+    settings: Settings, quick: Spec, new_home: Callable[[str], Settings]
+) -> None:
+    """A third of nine trials passes the first rung, one the second, whoever trains them."""
+    spec = quick(**LONG, pruner={"method": "successive-halving", "barrier": True})
+    other = new_home("other")
+    launch(spec, settings, workers=1)
+    launch(spec, other, workers=3)
+    assert ends(settings) == ends(other)
+    assert sorted(epochs for *_, epochs in ends(settings).values()) == [2] * 6 + [6] * 2 + [12]
+    assert "does not depend on timing" in run.stored("quick", settings).attrs["pruning"]
+
+
+def test_a_stop_between_rungs_changes_nothing(
+    settings: Settings, quick: Spec, new_home: Callable[[str], Settings]
+) -> None:
+    """A study stopped after every slice and launched again cuts the same trials at the same rungs."""
+    spec = quick(**LONG, pruner={"method": "successive-halving", "barrier": True})
+    other = new_home("other")
+    launch(spec, settings, workers=2)
+    for _ in range(20):
+        try:
+            launch(spec, other, workers=2, started=lambda runner: _stop_after_first_slice(runner))
+            break
+        except run.Interrupted:
+            continue
+    assert ends(settings) == ends(other)
+
+
+def _stop_after_first_slice(runner: run.Runner) -> None:
+    submit = runner._submit
+
+    def submit_and_stop(trials: list[run.Trial]) -> None:
+        submit(trials)
+        runner.stop()
+
+    runner._submit = submit_and_stop  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("method", ["successive-halving", "hyperband", "median"])
+def test_optunas_pruners_decide_between_slices(settings: Settings, quick: Spec, method: str) -> None:
+    """With any of Optuna's pruners every trial is settled, what is cut says by whom, and a best one remains."""
+    outcome = launch(quick(**LONG, pruner={"method": method}), settings, workers=1)
+    found = ends(settings)
+    assert len(found) == 9
+    for state, _, reason, epochs in found.values():
+        assert state in ("COMPLETE", "PRUNED")
+        if state == "PRUNED":
+            assert reason.startswith(f"pruned by {method} after")
+            assert epochs < 12
+    if method == "successive-halving":
+        assert sum(state == "PRUNED" for state, *_ in found.values()) >= 3
+    assert outcome.chosen.mean > 0.5
+
+
+@pytest.mark.parametrize("method", ["tpe", "cmaes"])
+def test_optunas_samplers_repeat_themselves(
+    settings: Settings, quick: Spec, new_home: Callable[[str], Settings], method: str
+) -> None:
+    """Asked a generation at a time, a sampler names the same trials for one worker, for three, and after a stop."""
+    spec = quick(search={"method": method, "trials": 8, "generation": 4}, confirm=False)
+    other = new_home("other")
+    launch(spec, settings, workers=1)
+    with pytest.raises(run.Interrupted):
+        launch(spec, other, workers=3, started=_stop_after_first_slice)
+    launch(spec, other, workers=3)
+    first, second = ({a.slot: a.params for a in run.stored("quick", s).attempts()} for s in (settings, other))
+    assert first == second
+    assert len(first) == 8
