@@ -319,7 +319,7 @@ def _numpy_blas(names: Sequence[str]) -> Any:
     """The first of these functions that NumPy's own BLAS has, found through NumPy's module; else None."""
     try:
         library = ctypes.CDLL(np._core._multiarray_umath.__file__)  # type: ignore[attr-defined]
-    except OSError:
+    except (OSError, AttributeError):
         return None
     return next((getattr(library, name) for name in names if hasattr(library, name)), None)
 
@@ -349,12 +349,13 @@ def _call(sgemm: Any, v: Array, x: Array, g: Array) -> None:
 
 
 def add_product(v: Array, x: Array, g: Array) -> None:
-    """V += x^T g with V [D, S], x [B, D], g [B, S], all contiguous.
+    """V += x^T g with V [D, S], x [B, D], g [B, S].
 
     NumPy would first make the product, then add it. BLAS itself adds as it multiplies, without a pass over V.
     Up to 256 rows each sum is complete before it is added to V, so that both ways give the same bits.
     """
-    if (sgemm := _sgemm()) is not None and v.dtype == np.float32 and len(x) <= 256:
+    plain = all(a.dtype == np.float32 and a.flags.c_contiguous for a in (v, x, g))
+    if plain and len(x) <= 256 and (sgemm := _sgemm()) is not None:
         _call(sgemm, v, x, g)
     else:
         for rows in chunks(v, len(x)):

@@ -7,6 +7,7 @@ SieveError                     exit 1
 ├── StudyBusy                  exit 2    another runner owns the study
 ├── DataError                  exit 2    a dataset that is missing, damaged or not what it says it is
 ├── SettingsError              exit 2    an environment variable that cannot be meant
+├── StorageLost                exit 1    the database does not answer; what it holds is safe
 ├── StudyFailed                exit 1    the study ended without a result
 └── Interrupted                exit 130  stopped by a signal; `sieve launch` goes on where it stopped
 
@@ -87,6 +88,10 @@ class SettingsError(SieveError):
     """An environment variable that cannot be meant."""
 
     exit_code = 2
+
+
+class StorageLost(SieveError):
+    """The database does not answer; nothing that it holds is lost, and `sieve launch` goes on from there."""
 
 
 class StudyFailed(SieveError):

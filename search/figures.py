@@ -6,7 +6,7 @@ reports and the best trials, so matplotlib is imported only by the functions tha
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ Array = NDArray[Any]
 Box = tuple[float, float, float, float]  # x low, x high, y low, y high
 
 MAX_UNITS = 100
+LOUDEST = 4.0
 TILE = 64  # small images are enlarged to about this many pixels
 GAP = 2
 BACKGROUND = (255, 255, 255)
@@ -42,12 +43,13 @@ def weight_tiles(
 
     image_shape: (H, W) or (H, W, 3), the inputs being channel-first flattened; None draws a heat map.
     scale [d]: draw w * scale, the weights in pixel space: a network that is given (x - mean) * scale and has
-    the weights w is the same function of the pixels x as one with the weights w * scale.
+    the weights w is the same function of the pixels x as one with the weights w * scale. Pixels that hardly vary
+    have a huge scale: they are drawn with at most LOUDEST times the median one, or nothing else would show.
     Each tile spans its own mean plus and minus 2.5 deviations, so that its pattern shows whatever its size.
     """
     w = np.nan_to_num(np.asarray(w[:, :MAX_UNITS], np.float32), posinf=0.0, neginf=0.0)
     if scale is not None:
-        w = w * np.asarray(scale, np.float32)[:, None]
+        w = w * np.minimum(scale, LOUDEST * np.median(scale)).astype(np.float32)[:, None]
     if image_shape is None:
         return _heat(w)
     tiles = _stretch(w.T)
@@ -159,6 +161,16 @@ def png(picture: "Image.Image | Figure") -> bytes:
     return buffer.getvalue()
 
 
+def svg(figure: "Figure") -> bytes:
+    """The same bytes for the same figure."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "sieve"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 # ---- matplotlib: figures of reports
 
 
@@ -262,13 +274,10 @@ def search_path(
 
     names, log: of the two axes. boxes: stage -> its limits. best: marked with a star.
     """
-    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     figure, (axis,) = _figure(1, "", width=7, height=5)
-    order = list(dict.fromkeys([*stages, *(boxes or {})]))
-    for i, stage in enumerate(order):
-        colour = colormaps["viridis"](i / max(len(order) - 1, 1) * 0.9)
+    for stage, colour in _colours([*stages, *(boxes or {})]).items():
         points = [(x, y) for x, y, s in zip(xs, ys, stages, strict=True) if s == stage]
         axis.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=24, label=stage)
         if boxes and stage in boxes:
@@ -284,8 +293,62 @@ def search_path(
     )
     axis.autoscale_view()
     axis.grid(alpha=0.3)
-    axis.legend(loc="best", fontsize="small")
+    figure.subplots_adjust(right=0.84)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
     return figure
+
+
+def slices(
+    points: Mapping[str, Sequence[Any]],
+    values: Sequence[float],
+    stages: Sequence[str],
+    *,
+    y_label: str,
+    log: Collection[str] = (),
+) -> "Figure":
+    """A result by each parameter: one panel for each, one point for each trial, coloured by stage.
+
+    points: parameter -> one entry for each trial; log: the parameters on a logarithmic axis.
+    """
+    figure, axes = _figure(len(points), "", width=max(3.2 * len(points), 4.5))
+    axes[0].set_ylabel(y_label)
+    low, high = fences(values)
+    for axis, (name, xs) in zip(axes, points.items(), strict=True):
+        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in xs)
+        words = _ordered(xs)
+        for stage, colour in _colours(stages).items():
+            for marker, label in (("o", stage), ("v", None), ("^", None)):
+                met = [
+                    (x if numbers else words.index(x), min(max(y, low), high))
+                    for x, y, s in zip(xs, values, stages, strict=True)
+                    if s == stage and marker == ("v" if y < low else "^" if y > high else "o")
+                ]
+                if met:
+                    axis.scatter(*zip(*met, strict=True), color=colour, s=18, marker=marker, label=label)
+        axis.set(xlabel=name, xscale="log" if name in log else "linear")
+        if not numbers:
+            axis.set_xticks(range(len(words)), [_short(w) for w in words], rotation=20 if len(words) > 3 else 0)
+        axis.grid(alpha=0.3)
+    if len(set(stages)) > 1:
+        axes[-1].legend(fontsize="small")
+    return figure
+
+
+def fences(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the most of the values but for the far outliers: three interquartile ranges beyond the quartiles."""
+    found = np.asarray(values, np.float64)
+    first, third = np.quantile(found, (0.25, 0.75))
+    reach = 3 * (third - first)
+    inside = found[(found >= first - reach) & (found <= third + reach)]
+    return float(inside.min()), float(inside.max())
+
+
+def _colours(stages: Sequence[str]) -> dict[str, Any]:
+    """Each stage's colour, from dark to bright in the order of their first appearance."""
+    from matplotlib import colormaps
+
+    order = list(dict.fromkeys(stages))
+    return {stage: colormaps["viridis"](i / max(len(order) - 1, 1) * 0.9) for i, stage in enumerate(order)}
 
 
 def _figure(panels: int, title: str, width: float | None = None, height: float = 3.4) -> "tuple[Figure, list[Axes]]":
@@ -297,7 +360,11 @@ def _figure(panels: int, title: str, width: float | None = None, height: float =
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     figure.subplots_adjust(
-        left=0.7 / width, right=1 - 0.2 / width, bottom=0.6 / height, top=1 - 0.4 / height, wspace=0.3
+        left=0.7 / width,
+        right=1 - 0.2 / width,
+        bottom=0.6 / height,
+        top=1 - (0.4 if title else 0.15) / height,
+        wspace=0.3,
     )
     if title:
         figure.suptitle(title, fontsize="medium")

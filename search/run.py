@@ -39,8 +39,8 @@ from search.plan import WORST, Finished, Params, Proposal, Slot
 from search.samplers import OPTUNA_SAMPLERS, asker
 from search.settings import Settings
 from search.storage import (
-    Attempt,
     PATIENCE,
+    Attempt,
     StudyRecord,
     distribution,
     finished_attempts,

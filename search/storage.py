@@ -1,24 +1,46 @@
-"""A study's record in Optuna's storage, the one truth about what is done: one writer, few transactions."""
+"""A study's record in Optuna's storage, the one truth about what is done: one writer, few transactions.
 
+The writer is the study's owner: it holds a file lock on SQLite, an advisory lock on PostgreSQL. A PostgreSQL that
+goes away (crash, restart, cut connections) is waited for; what a lost reply leaves in doubt is looked up.
+"""
+
+import functools
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import filelock
 import optuna
 import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from search.errors import StudyConflict, UnknownStudy
+from search.errors import SettingsError, StorageLost, StudyBusy, StudyConflict, UnknownStudy
 from search.plan import Proposal, Slot
+from search.settings import redact
 from search.study import Choice, Range, StudySpec, difference, restore
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+PATIENCE = 600.0  # seconds that the owner of a study waits for a database that went away
+LOCK_SECONDS = 0.5  # somebody who only looks whether a study is owned holds its lock for a moment
+RETAKE_SECONDS = 30.0  # a lock may be held by our own dead connection until the server notices
+SCHEMA = "schema of the database"  # what its lock is named after; no study can have this name
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -39,10 +61,36 @@ class Attempt:
         return self.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
+# ---- the database
+
+
 def open_storage(url: str) -> RDBStorage:
-    """The storage at a URL, made if it is missing. SQLite is set up for one writer and many readers."""
-    if not url.startswith("sqlite"):
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    """The storage at a URL, with its tables. Raises StorageLost if it does not answer, SettingsError if it never will.
+
+    SQLite is set up for one writer and many readers. Processes that start together make the tables in turn.
+    """
+    try:
+        with _making_tables(url):
+            if url.startswith("sqlite"):
+                return _open_sqlite(url)
+            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": _connect_args()})
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise _lost(url, error) from None
+    except ImportError:
+        raise SettingsError(f"{redact(url)} needs a driver: pip install 'sieve[postgres]'") from None
+    except RuntimeError as error:  # tables of another version of Optuna
+        raise SettingsError(f"{redact(url)}: {error}; `sieve migrate` brings older tables up to date") from None
+
+    @sqlalchemy.event.listens_for(storage.engine, "handle_error")
+    def recognise(context: sqlalchemy.engine.ExceptionContext) -> None:
+        """Past Optuna, which would try again at once what may have been done."""
+        if (context.is_disconnect and not context.is_pre_ping) or context.connection is None:
+            raise _lost(url, context.original_exception) from None
+
+    return storage
+
+
+def _open_sqlite(url: str) -> RDBStorage:
     storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
 
     @sqlalchemy.event.listens_for(storage.engine, "connect")
@@ -52,6 +100,138 @@ def open_storage(url: str) -> RDBStorage:
 
     storage.engine.dispose()  # connections from before the listener
     return storage
+
+
+def migrate(url: str) -> None:
+    """Make the tables, or bring those of an older Optuna up to date."""
+    if is_empty(url):
+        open_storage(url)
+        return
+    with _making_tables(url):
+        arguments = {} if url.startswith("sqlite") else {"connect_args": _connect_args()}
+        try:
+            RDBStorage(url, engine_kwargs=arguments, skip_compatibility_check=True).upgrade()
+        except (SQLAlchemyError, StorageInternalError) as error:
+            raise _lost(url, error) from None
+
+
+def _connect_args() -> dict[str, Any]:
+    """Both ends notice within half a minute that the other is gone, so that its locks are free again."""
+    return {
+        "application_name": f"sieve {socket.gethostname()}:{os.getpid()}"[:63],
+        "connect_timeout": 10,
+        "tcp_user_timeout": 30_000,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
+    }
+
+
+def _lost(url: str, error: BaseException) -> StorageLost:
+    cause = error.__cause__ or error
+    lines = str(getattr(cause, "orig", cause)).strip().splitlines() or [type(error).__name__]
+    return StorageLost(f"the storage {redact(url)} does not answer: {redact(lines[0])}")
+
+
+# ---- who may write
+
+
+@contextmanager
+def owned(storage: str, study: str) -> Iterator[Callable[[], None]]:
+    """Be the only runner of a study in the storage of that URL. Raises StudyBusy, or StorageLost.
+
+    Yields a check for before each write: it takes back a lock that was lost with its connection, and raises
+    StudyBusy if another runner has it by then.
+    """
+    if storage.startswith("sqlite"):
+        lock = _file_lock(storage, study)
+        try:
+            with lock.acquire(timeout=LOCK_SECONDS):
+                yield lambda: None
+        except filelock.Timeout:
+            raise _busy(study) from None
+    else:
+        with closing(_AdvisoryLock(storage, study)) as advisory:
+            if not advisory.take(LOCK_SECONDS):
+                raise _busy(study)
+            yield advisory.check
+
+
+@contextmanager
+def _making_tables(storage: str) -> Iterator[None]:
+    """Wait for the turn to look for tables and to make them."""
+    if storage.startswith("sqlite"):
+        with _file_lock(storage, SCHEMA):
+            yield
+    else:
+        with closing(_AdvisoryLock(storage, SCHEMA)) as advisory:
+            advisory.take(math.inf)
+            yield
+
+
+def _file_lock(storage: str, name: str) -> filelock.FileLock:
+    folder = Path(storage.removeprefix("sqlite:///")).parent / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder / f"{name}.lock")
+
+
+class _AdvisoryLock:
+    """A lock in PostgreSQL that lives as long as the connection which took it."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url, self.name = url, name
+        self.key = int.from_bytes(hashlib.blake2b(f"sieve {name}".encode(), digest_size=8).digest(), signed=True)
+        self.engine = sqlalchemy.create_engine(
+            url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool, connect_args=_connect_args()
+        )
+        self.connection: sqlalchemy.Connection | None = None
+
+    def take(self, timeout: float) -> bool:
+        """Whether the lock is ours, after waiting for it so long. Raises StorageLost."""
+        attempts = Retrying(
+            retry=lambda state: state.outcome is not None and state.outcome.result() is False,
+            wait=wait_random_exponential(multiplier=0.05, max=1),
+            stop=lambda state: (state.seconds_since_start or 0.0) >= timeout,
+            retry_error_callback=lambda state: False,
+        )
+        try:
+            self.connection = self.connection or self.engine.connect()
+            return bool(attempts(self._try))
+        except SQLAlchemyError as error:
+            self.close()
+            raise _lost(self.url, error) from None
+
+    def _try(self) -> bool:
+        assert self.connection is not None
+        return bool(self.connection.execute(sqlalchemy.text(f"SELECT pg_try_advisory_lock({self.key})")).scalar())
+
+    def check(self) -> None:
+        """Raises StudyBusy if another has the lock that was ours, StorageLost if that cannot be told."""
+        try:
+            if self.connection is not None:
+                self.connection.execute(sqlalchemy.text("SELECT 1"))
+                return
+        except SQLAlchemyError:
+            self.close()
+        if not self.take(RETAKE_SECONDS):
+            raise _busy(self.name)
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.invalidate()  # closed for good, whatever its state
+            self.connection.close()
+            self.connection = None
+
+
+def _busy(study: str) -> StudyBusy:
+    return StudyBusy(
+        f"study '{study}' is being run by another process; `sieve status {study}` shows it, "
+        f"`sieve stop {study}` stops it"
+    )
+
+
+# ---- one study
 
 
 def is_empty(url: str) -> bool:
@@ -68,27 +248,70 @@ def distribution(dimension: Range | Choice) -> BaseDistribution:
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
-class StudyRecord:
-    """One study in a storage. Only the runner that owns the study writes through this."""
+def _durable(method: Callable[Concatenate["StudyRecord", P], R]) -> Callable[Concatenate["StudyRecord", P], R]:
+    """A call that may be repeated, and is while the database is away and the record's patience lasts."""
 
-    def __init__(self, storage: RDBStorage, name: str) -> None:
+    @functools.wraps(method)
+    def call(self: "StudyRecord", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        def once() -> R:
+            self.still_owned()
+            return method(self, *args, **kwargs)
+
+        return self.retrying(once)
+
+    return call
+
+
+class StudyRecord:
+    """One study in a storage. Only the runner that owns the study writes through this.
+
+    `patience` is how many seconds a call waits for a database that went away; who owns nothing waits for nothing.
+    """
+
+    def __init__(
+        self, storage: RDBStorage, name: str, still_owned: Callable[[], None] = lambda: None, patience: float = 0.0
+    ) -> None:
         self.storage, self.name = storage, name
+        self.still_owned, self.patience = still_owned, patience
+        self.warn: Callable[[str], None] = lambda text: None
+        self.retrying = Retrying(
+            retry=retry_if_exception_type(StorageLost),
+            wait=wait_random_exponential(multiplier=0.2, max=5),
+            stop=lambda state: (state.seconds_since_start or 0.0) >= self.patience,
+            before_sleep=self._say_lost,
+            retry_error_callback=self._give_up,
+        )
         try:
             self.study_id = storage.get_study_id_from_name(name)
         except KeyError:
             raise UnknownStudy(name, study_names(storage)) from None
 
+    def _say_lost(self, state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            self.warn(f"{state.outcome.exception()}; waiting for it")
+
+    def _give_up(self, state: RetryCallState) -> Any:
+        self.patience = 0.0  # once is enough
+        assert state.outcome is not None
+        return state.outcome.result()
+
     @property
     def attrs(self) -> dict[str, Any]:
+        return self._attrs()
+
+    @_durable
+    def _attrs(self) -> dict[str, Any]:
         return self.storage.get_study_user_attrs(self.study_id)
 
     @property
     def spec(self) -> StudySpec:
         return restore(json.loads(self.attrs["spec"]))
 
+    @_durable
     def set_attr(self, key: str, value: Any) -> None:
         self.storage.set_study_user_attr(self.study_id, key, value)
 
+    @_durable
     def attempts(self) -> list[Attempt]:
         """Every trial of the study, in the order of their numbers."""
         return [
@@ -122,9 +345,21 @@ class StudyRecord:
             distributions={name: distributions[name] for name in proposal.params},
             user_attrs=attrs,
         )
-        trial_id = self.storage.create_new_trial(self.study_id, template_trial=trial)
-        return trial_id, self.storage.get_trial_number_from_id(trial_id)
+        doubtful = False
 
+        def once() -> tuple[int, int]:
+            nonlocal doubtful
+            self.still_owned()
+            twins = [a for a in self.attempts() if (a.slot, a.attempt) == (slot, attempt)] if doubtful else []
+            if twins:  # it was written, and only the reply was lost
+                return twins[0].trial_id, twins[0].number
+            doubtful = True
+            trial_id = self.storage.create_new_trial(self.study_id, template_trial=trial)
+            return trial_id, self.storage.get_trial_number_from_id(trial_id)
+
+        return self.retrying(once)
+
+    @_durable
     def add_curves(self, curves: Mapping[int, Sequence[tuple[int, float]]]) -> None:
         """Intermediate values of trials, {trial id: [(step, value)]}, in one transaction.
 
@@ -143,6 +378,7 @@ class StudyRecord:
                 connection.execute(table.delete().where(table.c.trial_id == trial, table.c.step.in_(steps)))
             connection.execute(table.insert(), rows)
 
+    @_durable
     def finish(
         self,
         trial_id: int,
@@ -152,21 +388,27 @@ class StudyRecord:
         image: str | None = None,
     ) -> None:
         """Tell how an attempt ended; `image` is the id of the picture that the publisher draws of its weights."""
-        for key, attr in attrs.items():
-            self.storage.set_trial_user_attr(trial_id, key, attr)
-        if image is not None:
-            meta = {"artifact_id": image, "filename": "first-layer.png", "mimetype": "image/png", "encoding": None}
-            self.storage.set_trial_system_attr(trial_id, f"artifacts:{image}", json.dumps(meta))
-        self.storage.set_trial_state_values(trial_id, state, None if value is None else [value])
+        try:
+            for key, attr in attrs.items():
+                self.storage.set_trial_user_attr(trial_id, key, attr)
+            if image is not None:
+                meta = {"artifact_id": image, "filename": "first-layer.png", "mimetype": "image/png", "encoding": None}
+                self.storage.set_trial_system_attr(trial_id, f"artifacts:{image}", json.dumps(meta))
+            self.storage.set_trial_state_values(trial_id, state, None if value is None else [value])
+        except UpdateFinishedTrialError:
+            if self.storage.get_trial(trial_id).state != state:  # else it was told, and only the reply was lost
+                raise
 
     # The dashboard's own calls read every note of the study to write one; these are the same records.
 
+    @_durable
     def note(self, body: str, trial_id: int | None = None) -> None:
         """Markdown for the dashboard, on a trial or on the study; at most 2,000 characters are kept."""
         prefix = "dashboard:" if trial_id is None else f"dashboard:{trial_id}:"
         self.storage.set_study_system_attr(self.study_id, f"{prefix}note_str:0", body[:2000])
         self.storage.set_study_system_attr(self.study_id, f"{prefix}note_ver", 1)
 
+    @_durable
     def noted(self) -> set[int]:
         """The ids of the trials that have a note."""
         keys = (key.split(":") for key in self.storage.get_study_system_attrs(self.study_id))
@@ -179,14 +421,16 @@ def _intermediate_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
     return {"trial_id": trial_id, "step": step, "intermediate_value": finite, "intermediate_value_type": kind}
 
 
-def register(storage: RDBStorage, spec: StudySpec) -> StudyRecord:
+def register(
+    storage: RDBStorage, spec: StudySpec, still_owned: Callable[[], None] = lambda: None, patience: float = 0.0
+) -> StudyRecord:
     """The record of this study: new, or the one to resume. Raises StudyConflict if another spec has the name."""
     if spec.name not in study_names(storage):
         direction = StudyDirection.MAXIMIZE if spec.maximise else StudyDirection.MINIMIZE
         study_id = storage.create_new_study([direction], study_name=spec.name)
         storage.set_study_system_attr(study_id, "study:metric_names", [spec.metric])  # as Study.set_metric_names
         storage.set_study_user_attr(study_id, "spec", spec.to_json())
-    record = StudyRecord(storage, spec.name)
+    record = StudyRecord(storage, spec.name, still_owned, patience)
     if "spec" not in record.attrs:
         if storage.get_all_trials(record.study_id, deepcopy=False):
             raise StudyConflict(spec.name, ["the stored study was not made by Sieve"])

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+from core import network
 from core.network import (
     ACTIVATIONS,
+    add_product,
     backward,
     blas_is_exact,
     blas_kernel,
@@ -190,6 +192,46 @@ def test_initial_weights_have_the_deviation_of_their_scheme(init, deviations):
 def test_biases_start_at_zero_unless_told_otherwise():
     """Without bias_std all biases are zero."""
     assert not any(b.any() for _, b in initial_layers(TrainConfig(), 5, 3, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100, 256, 300])
+@pytest.mark.parametrize("shape", [(64, 7), (300, 90)])
+def test_adding_a_product_is_the_same_with_and_without_the_direct_call(rows, shape, monkeypatch):
+    """The direct call into BLAS and the chunked way agree with float64, and bit for bit up to 256 rows."""
+    rng = np.random.default_rng(0)
+    x, g, v = (rng.standard_normal(s, dtype=np.float32) for s in [(rows, shape[0]), (rows, shape[1]), shape])
+    wanted, direct, chunked = v + x.T.astype(float) @ g, v.copy(), v.copy()
+    add_product(direct, x, g)
+    monkeypatch.setattr(network, "_sgemm", lambda: None)
+    add_product(chunked, x, g)
+    assert_allclose(direct, wanted, atol=1e-5 * rows**0.5)
+    assert_allclose(chunked, wanted, atol=1e-5 * rows**0.5)
+    if rows * shape[0] * shape[1] >= network.LEAST_PRODUCTS and rows <= 256:
+        assert_array_equal(direct, chunked)
+
+
+def test_adding_a_product_takes_any_layout_and_precision():
+    """Views and float64 are added correctly too: nothing but plain float32 matrices reaches the direct call."""
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((40, 60), dtype=np.float32), rng.standard_normal((20, 40), dtype=np.float32)
+    for dtype in (np.float32, np.float64):
+        v = np.zeros((60, 40), dtype)
+        add_product(v[::2, 1::2], x[::2, ::2], g[:, ::2])
+        assert_allclose(v[::2, 1::2], x[::2, ::2].T.astype(float) @ g[:, ::2], rtol=1e-4, atol=1e-4)
+        assert not v[1::2].any()
+        assert not v[:, ::2].any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 200_000), st.integers(1, 600))
+def test_chunks_cover_the_rows_and_are_never_small_products(inputs, columns, batch):
+    """The chunks follow one another from the first row to the last; there is one, or each is large enough."""
+    v = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (inputs, columns), (0, 0))
+    found = list(network.chunks(v, batch))
+    assert [rows.start for rows in found] == [0, *(rows.stop for rows in found[:-1])]
+    assert found[-1].stop == inputs
+    sizes = [(rows.stop - rows.start) * columns * batch for rows in found]
+    assert len(found) == 1 or min(sizes) >= network.LEAST_PRODUCTS
 
 
 FLAGS = "fpu avx2 fma avx512f avx512dq avx512bw avx512vl"
