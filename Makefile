@@ -26,8 +26,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-bench: install # speed, beside PyTorch and scikit-learn where they are installed
+bench: install # speed, beside PyTorch and scikit-learn where they are installed; what tracking costs
 	$(BIN)/python tests/bench/bench_train.py
+	$(BIN)/python tests/bench/bench_tracking.py
 bench-search: install # regret, beside Optuna's samplers
 	$(BIN)/python tests/bench/bench_search.py
 clean:

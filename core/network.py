@@ -400,17 +400,3 @@ def blas_is_exact() -> bool:
         if not (same.all() and np.array_equal(v_own, moved[:, own])):
             return False
     return True
-
-
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-AVX512_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
-
-
-def faster_kernel(cpu_flags: str, kernel: str | None = None) -> str | None:
-    """A kernel worth asking for with OPENBLAS_CORETYPE, before NumPy is imported; None if OpenBLAS chose well.
-
-    `cpu_flags` is what /proc/cpuinfo says, `kernel` what runs now (by default in this process). A CPU too new
-    for its OpenBLAS gets a kernel without AVX-512, half as fast.
-    """
-    plain = (kernel or blas_kernel()) not in (*AVX512_KERNELS, "unknown")
-    return "SKYLAKEX" if plain and set(cpu_flags.split()) >= AVX512 else None

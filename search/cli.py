@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search.errors import SieveError, StudyFileError
-from search.settings import Settings
+from search.settings import Settings, redact
 
 if TYPE_CHECKING:
     from search.run import Outcome, Runner
@@ -79,6 +79,8 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long; write nothing.")] = False,
     set_: Set = [],  # noqa: B006
     workers: Workers = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave it to `sieve serve`, and return.")] = False,
+    publish: Annotated[bool, typer.Option(help="Publish to MLflow meanwhile; else `sieve sync` does later.")] = True,
     as_json: Json = False,
 ) -> None:
     """Run a study to its end, or take it up where it was left."""
@@ -89,7 +91,17 @@ def launch(
         if dry_run:
             _show_plan(run.dry_run(spec, settings, workers=workers), as_json)
             return
-        _run(spec.name, settings, as_json, lambda **shown: run.launch(spec, settings, workers=workers, **shown))
+        if detach:
+            from search import serve
+
+            typer.echo(serve.enqueue(spec, settings))
+            return
+        _run(
+            spec.name,
+            settings,
+            as_json,
+            lambda **shown: run.launch(spec, settings, workers=workers, publish=publish, **shown),
+        )
 
 
 @app.command()
@@ -110,6 +122,7 @@ def retry(study: Study, workers: Workers = None, as_json: Json = False) -> None:
 
 def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Outcome"]) -> None:
     """Show a running study; the first Ctrl-C or SIGTERM ends its slices, the second ends it at once."""
+    from search import report
     from search.run import summary
     from search.show import Display
 
@@ -124,7 +137,7 @@ def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Ou
         signal.signal(signal.SIGTERM, on_signal)
 
     with Display(quiet=as_json) as display:
-        outcome = start(show=display.update, started=on_start, warn=display.note)
+        outcome = start(show=display.update, started=on_start, warn=display.note, report=report.html)
     if as_json:
         _show_json(summary(outcome))
     else:
@@ -142,13 +155,15 @@ def status(
     study: Annotated[
         str | None, typer.Argument(help="A study's name; all of them without.", show_default=False)
     ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Until none of them waits or runs.")] = False,
     as_json: Json = False,
 ) -> None:
     """How studies stand: counts, stage, best, and tracking records not sent yet."""
     with _errors():
-        from search import run, show
+        from search import run, serve, show
 
-        rows = run.standing(Settings.from_environment(), study)
+        settings = Settings.from_environment()
+        rows = serve.follow(settings, study, typer.echo) if follow else run.standing(settings, study)
         _show_json(rows) if as_json else show.show_standing(rows)
 
 
@@ -194,6 +209,24 @@ def export(
         typer.echo(run.export(study, weights, Settings.from_environment()))
 
 
+@app.command("report")
+def report_(
+    study: Study,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write into.  [default: reports/STUDY at home]", show_default=False),
+    ] = None,
+) -> None:
+    """The study as one HTML page that opens from disk, and its trials as CSV."""
+    with _errors():
+        from search import report, run
+
+        settings = Settings.from_environment()
+        folder = out or settings.home / "reports" / study
+        for path in report.write(run.stored(study, settings), settings, folder):
+            typer.echo(f"wrote {path}")
+
+
 # ---- watching
 
 
@@ -207,6 +240,55 @@ def ui(
         from search import ui as pages
 
         pages.serve(Settings.from_environment(), mlflow_port, dashboard_port, typer.echo)
+
+
+@app.command()
+def dashboard(
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8080,
+    writable: Annotated[bool, typer.Option("--writable", help="Let viewers delete and rename studies.")] = False,
+    open_: Annotated[bool, typer.Option("--open", help="No password: only this machine can reach it.")] = False,
+) -> None:
+    """The Optuna dashboard, guarded: known hosts only, read-only, a password when not on loopback."""
+    with _errors():
+        from search import ui as pages
+
+        pages.dashboard(Settings.from_environment(), host, port, writable=writable, open_=open_)
+
+
+# ---- a service
+
+
+@app.command()
+def serve(workers: Workers = None) -> None:
+    """Run studies that were launched with --detach, oldest first, until SIGTERM."""
+    with _errors():
+        from search import serve as service
+
+        service.serve(Settings.from_environment(), typer.echo, workers)
+
+
+@app.command()
+def migrate() -> None:
+    """Make the storage's tables, or bring those of an older version up to date; nothing may run meanwhile."""
+    with _errors():
+        from search import storage
+
+        settings = Settings.from_environment()
+        storage.migrate(settings.storage)
+        typer.echo(f"the tables of {redact(settings.storage)} are up to date")
+
+
+@app.command()
+def doctor() -> None:
+    """Check storage, MLflow, data, outbox, BLAS, executor and versions; what to do about each finding."""
+    with _errors():
+        from search import doctor as checks
+
+        findings = checks.examine(Settings.from_environment())
+        for finding in findings:
+            typer.echo(str(finding))
+        raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
 @app.command()

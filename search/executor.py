@@ -1,19 +1,36 @@
 """The one seam between the runner and what does the work: a `concurrent.futures.Executor`.
 
-Locally, every worker is a process pool of one: a killed worker loses its own slice and nobody else's.
+Locally, every worker is a process pool of one: a killed worker loses its own slice and nobody else's. On a Dask
+cluster, workers come, go and die as they like; each host has its own copy of the data and no credentials.
 """
 
 import os
 import queue
 import signal
+import socket
 import threading
-from collections.abc import Callable, MutableMapping
+import time
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
+from functools import lru_cache
 from multiprocessing import active_children, connection, get_context, parent_process
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# What an executor raises when it lost the work: not the trial's fault, so the slice is sent again.
+from core.data import Dataset
+from core.train import Progress, State, advance
+from search.errors import DataError, SettingsError
+from search.failpoint import failpoint
+
+if TYPE_CHECKING:
+    import distributed
+
+# What an executor raises when it lost the work, so that it is sent again: BrokenExecutor if the worker died of it
+# (three times are too often), CancelledError if it was lost with everything else.
 LOST = (BrokenExecutor, CancelledError)
+
+RECOUNT_SECONDS = 1.0  # between questions how many workers there are
+CONNECT_SECONDS = 5.0
 
 Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -95,6 +112,123 @@ def cores() -> int:
 
 
 def open_executor(address: str, workers: int | None) -> tuple[Executor, Callable[[], int]]:
-    """The executor for `address` ("local"), and a function that says how many workers it has now."""
+    """The executor for `address` ("local" or dask://host:port), and a function that says how many workers it has now.
+
+    `workers` is how many processes to start here, or how many of the cluster's to use at most.
+    """
+    if address != "local":
+        cluster = DaskExecutor(address.replace("dask://", "tcp://"))
+        return cluster, lambda: min(cluster.workers(), workers or cluster.workers())
     count = workers or cores()
     return LocalExecutor(count), lambda: count
+
+
+# ---- elsewhere
+
+
+class DaskExecutor(Executor):
+    """The workers of a Dask scheduler. While it is away there are no workers, and what it did is cancelled."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._client: distributed.Client | None = None
+        self._flying: set[Future[Any]] = set()
+        self._count, self._counted = 0, -RECOUNT_SECONDS
+        if self._connected() is None:
+            raise SettingsError(
+                f"SIEVE_EXECUTOR: no Dask scheduler answers at {address}; start one with `dask scheduler`"
+            )
+
+    def _connected(self) -> "distributed.Client | None":
+        """The client, made anew if it gave its scheduler up; None while there is no connection."""
+        try:
+            import distributed
+        except ImportError:
+            raise SettingsError("SIEVE_EXECUTOR: a Dask cluster needs: pip install 'sieve[dask]'") from None
+        if self._client is None or self._client.status not in ("running", "connecting"):
+            try:
+                self._client = distributed.Client(
+                    self.address, timeout=CONNECT_SECONDS, set_as_default=False, name="sieve"
+                )
+            except OSError:
+                return None
+        return self._client if self._client.status == "running" else None
+
+    def workers(self) -> int:
+        """Threads of all workers now; each trains one slice at a time."""
+        if time.monotonic() - self._counted > RECOUNT_SECONDS:
+            try:
+                client = self._connected()
+                self._count = sum(client.nthreads().values()) if client else 0
+            except (OSError, AttributeError):  # the connection broke under the question
+                self._count = 0
+            self._counted = time.monotonic()
+        return self._count
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        try:
+            client = self._connected()
+            if client is None:
+                raise OSError(f"no connection to {self.address}")
+            sent = client.submit(fn, *args, **kwargs, pure=False, retries=0)
+        except OSError as error:
+            future.set_exception(CancelledError(str(error)))
+            return future
+        self._flying.add(future)
+        client.loop.add_callback(self._pass_on, sent, future)
+        return future
+
+    async def _pass_on(self, sent: "distributed.Future", future: Future[Any]) -> None:
+        """Hand a result over; what Dask says of lost work becomes one of LOST."""
+        try:
+            future.set_result(await sent)
+        except BaseException as error:
+            if type(error).__name__ == "KilledWorker":
+                future.set_exception(BrokenExecutor(str(error)))
+            elif sent.status == "error":  # the work's own
+                future.set_exception(error)
+            else:
+                future.set_exception(CancelledError(str(error)))
+        finally:
+            self._flying.discard(future)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Leave the cluster, which drops what it still had to do for us."""
+        if wait and not cancel_futures:
+            for future in list(self._flying):
+                future.exception()
+        if self._client is not None:
+            self._client.close(timeout=CONNECT_SECONDS)
+
+
+def advance_elsewhere(
+    states: Sequence[State], dataset: str, digest: str, epochs: int
+) -> tuple[list[State], list[Progress]]:
+    """`advance` on a host of its own: `dataset` is the JSON of a DatasetSpec, `digest` that of its content."""
+    for state in states:
+        failpoint(f"eta={state.config.eta:g}")
+    return advance(states, own_copy(dataset, digest), epochs)
+
+
+@lru_cache(maxsize=8)
+def own_copy(dataset: str, digest: str) -> Dataset:
+    """This host's copy of a dataset, from its own SIEVE_DATA_DIR or SIEVE_HOME. Raises DataError, naming the host."""
+    from search.datasets import open_dataset
+    from search.settings import Settings
+    from search.study import DatasetSpec
+
+    settings, spec = Settings.from_environment(), DatasetSpec.model_validate_json(dataset)
+    if spec.path and settings.data_dir and not Path(spec.path).exists():
+        spec = spec.model_copy(update={"path": str(settings.data_dir / Path(spec.path).name)})
+    try:
+        data, _ = open_dataset(spec, settings)
+    except DataError as error:
+        raise DataError(f"worker {socket.gethostname()}: {error}") from error
+    if data.digest != digest:
+        raise DataError(
+            f"worker {socket.gethostname()}: its copy of {spec.name} is another one: "
+            f"expected digest {digest}, got {data.digest}; bring the same files there"
+        )
+    return data

@@ -305,28 +305,31 @@ def slices(
     *,
     y_label: str,
     log: Collection[str] = (),
+    choices: Mapping[str, Sequence[Any]] | None = None,
 ) -> "Figure":
     """A result by each parameter: one panel for each, one point for each trial, coloured by stage.
 
-    points: parameter -> one entry for each trial; log: the parameters on a logarithmic axis.
+    points: parameter -> one entry for each trial. log: the parameters on a logarithmic axis. choices: the
+    parameters that are no numbers on an axis, with their values in order. Far outliers (see fences) are drawn as
+    triangles at the edge.
     """
     figure, axes = _figure(len(points), "", width=max(3.2 * len(points), 4.5))
     axes[0].set_ylabel(y_label)
     low, high = fences(values)
     for axis, (name, xs) in zip(axes, points.items(), strict=True):
-        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in xs)
-        words = _ordered(xs)
+        words = (choices or {}).get(name)
         for stage, colour in _colours(stages).items():
             for marker, label in (("o", stage), ("v", None), ("^", None)):
                 met = [
-                    (x if numbers else words.index(x), min(max(y, low), high))
+                    (x if words is None else words.index(x), min(max(y, low), high))
                     for x, y, s in zip(xs, values, stages, strict=True)
                     if s == stage and marker == ("v" if y < low else "^" if y > high else "o")
                 ]
                 if met:
-                    axis.scatter(*zip(*met, strict=True), color=colour, s=18, marker=marker, label=label)
+                    at, height = zip(*met, strict=True)
+                    axis.scatter(at, height, color=colour, s=18, marker=marker, label=label)
         axis.set(xlabel=name, xscale="log" if name in log else "linear")
-        if not numbers:
+        if words is not None:
             axis.set_xticks(range(len(words)), [_short(w) for w in words], rotation=20 if len(words) > 3 else 0)
         axis.grid(alpha=0.3)
     if len(set(stages)) > 1:
@@ -335,7 +338,7 @@ def slices(
 
 
 def fences(values: Sequence[float]) -> tuple[float, float]:
-    """The least and the most of the values but for the far outliers: three interquartile ranges beyond the quartiles."""
+    """The least and the most of the values, but for those more than three interquartile ranges beyond the quartiles."""
     found = np.asarray(values, np.float64)
     first, third = np.quantile(found, (0.25, 0.75))
     reach = 3 * (third - first)

@@ -192,9 +192,9 @@ class Outbox:
         """The publisher says which run shows a uid."""
         self._update("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", [(uid, study, experiment_id, run_id)])
 
-    def links(self, study: str | None = None) -> dict[str, tuple[str, str]]:
-        """uid -> (experiment id, run id) of everything that has a run by now."""
-        where, values = _where(study)
+    def links(self, study: str | None = None, uid: str | None = None) -> dict[str, tuple[str, str]]:
+        """uid -> (experiment id, run id) of everything (of a study, or that uid) that has a run by now."""
+        where, values = _where(study, uid)
         rows = self._db.execute(f"SELECT uid, experiment_id, run_id FROM runs WHERE 1{where}", values)
         return {uid: (experiment_id, run_id) for uid, experiment_id, run_id in rows}
 
@@ -348,13 +348,15 @@ def study_ended(
     report: bytes | None = None,
     *,
     best: Sequence[str] = (),
+    repeated: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Record:
     """The study's summary run; its numbers become metrics, the report (HTML) its artifact.
 
     summary["params"], if there, are the chosen parameters. best: uids of the trials whose curves are
-    drawn as a figure. A study may end more than once (resumed, extended): each end updates the same run.
+    drawn as a figure. repeated: uid -> mean and deviation over the runs of its configuration.
+    A study may end more than once (resumed, extended): each end updates the same run.
     """
-    payload = {"summary": dict(summary), "best": list(best)}
+    payload = {"summary": dict(summary), "best": list(best), "repeated": dict(repeated or {})}
     return Record("study_ended", study, study, int(when * 1000), when, payload, report)
 
 

@@ -11,10 +11,12 @@ import json
 import math
 import re
 import statistics
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +32,7 @@ Box = dict[str, tuple[Scalar, ...]]  # low and high of each range, the values ke
 Ask = Callable[[int, int, Sequence["Result"]], Sequence[Params]]  # generation, count, results so far -> parameters
 
 WORST = -math.inf
+UNTRIED = -sys.float_info.max  # a hope that any score beats, but for a failure
 LEAST = 4  # points that the centre of a box is the mean of
 ENOUGH = 10  # known points, from which on a stage goes by the nearest of them
 CANDIDATES = 8  # Sobol points for each place, a power of two
@@ -133,14 +136,15 @@ def place(cube: Cube, points: Array) -> Array:
     return placed
 
 
-def narrow(cube: Cube, points: Array, scores: Array, width: float, top: float) -> Cube:
+def narrow(cube: Cube, points: Array, scores: Array, width: float, top: float, least: int = LEAST) -> Cube:
     """The next box: `width` times as wide, centred on the weighted mean of the best of the points [n, d].
 
-    The best are the `top` fraction of all points, LEAST at the least; the better, the heavier. At a border of
+    The best are the `top` fraction of all points, and at least `least`; the better, the heavier. At a border of
     the space the box is shifted, not clipped. A choice keeps that share of its values, those with the best
-    scores first. Scores of -inf are never among the best; of equal scores the later point wins.
+    scores first, then those that were not tried. Scores of -inf are never among the best; of equal scores the
+    later point wins.
     """
-    best = _best_first(scores)[: max(LEAST, math.ceil(top * len(scores)))]
+    best = _best_first(scores)[: max(least, math.ceil(top * len(scores)))]
     if not len(best):
         return cube
     weights = math.log(len(best) + 0.5) - np.log(np.arange(1, len(best) + 1))
@@ -152,24 +156,26 @@ def narrow(cube: Cube, points: Array, scores: Array, width: float, top: float) -
             low = min(max(float(centre[axis]) - span / 2, 0.0), 1.0 - span)
             sides.append(Interval(low, low + span))
         else:
-            support = {k: scores[points[:, axis] == k].max(initial=WORST) for k in side}
+            tried = {k: scores[points[:, axis] == k] for k in side}
+            support = {k: own.max() if len(own) else UNTRIED for k, own in tried.items()}
             kept = sorted(side, key=lambda k: -support[k])[: math.ceil(width * len(side))]
             sides.append(tuple(sorted(kept)))
     return tuple(sides)
 
 
-def fill(cube: Cube, n: int, points: Array, scores: Array, *seed: int) -> Array:
+def fill(cube: Cube, n: int, points: Array, scores: Array, *seed: int, candidates: int = CANDIDATES) -> Array:
     """The n points [n, d] of a stage, in its box, when `points` with these scores are known from before.
 
-    Once ENOUGH are known, each place goes to the most promising of CANDIDATES Sobol points in a row: the one
+    Once ENOUGH are known, each place goes to the most promising of `candidates` Sobol points in a row: the one
     whose nearest known points, about the square root of all, rank best on the mean. Values of a choice are as
     far from each other as the ends of a range.
     """
-    if len(points) < ENOUGH:
+    if len(points) < ENOUGH or candidates == 1:
         return place(cube, unit_points(n, len(cube), *seed))
-    groups = place(cube, unit_points(n * CANDIDATES, len(cube), *seed)).reshape(n, CANDIDATES, len(cube))
+    groups = place(cube, unit_points(n * candidates, len(cube), *seed)).reshape(n, candidates, len(cube))
     near = round(math.sqrt(len(points)))
-    ranks = np.argsort(np.argsort(scores, kind="stable"), kind="stable")
+    ordered = np.sort(scores)
+    ranks = np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")  # equal for equals
     choice = np.array([not isinstance(side, Interval) for side in cube])
     chosen = np.empty((n, len(cube)))
     for k, group in enumerate(groups):
@@ -317,16 +323,40 @@ def stages(spec: StudySpec) -> list[StageInfo]:
     return [StageInfo(stage.name, stage.configurations * len(stage.repeats)) for stage in _stages(spec)]
 
 
-def propose(spec: StudySpec, finished: Sequence[Finished], ask: Ask | None = None) -> list[Proposal]:
+def propose(
+    spec: StudySpec,
+    finished: Sequence[Finished],
+    ask: Ask | None = None,
+    started: Mapping[Slot, Params] = MappingProxyType({}),
+) -> list[Proposal]:
     """Every trial of each stage whose earlier stages are complete, those that are finished among them.
 
     The list is the same until a stage (or a generation of an Optuna sampler) is complete, whatever the order
     of `finished`. Methods tpe, gp and cmaes need `ask`, which gets the number of a generation, how many
     configurations to name and the results of the generations before. Raises ValueError without it.
+
+    `started` holds the trials that have a slot but no score yet. It matters after a study was extended: then
+    they keep their slots, as the finished ones do, among the points that were put between them.
     """
     if ask is None and spec.search.method in ("tpe", "gp", "cmaes"):
         raise ValueError(f"method {spec.search.method} needs ask, see samplers.asker")
-    return [proposal for proposals, _ in _planned(spec, finished, ask) for proposal in proposals]
+    return [proposal for proposals, _ in _planned(spec, finished, ask, started) for proposal in proposals]
+
+
+def extends(new: StudySpec, old: StudySpec) -> bool:
+    """Whether `new` is `old` with more points in its grid, list or random search and nothing else changed.
+
+    Then every trial of `old` is one of `new`, and what is done is kept.
+    """
+    parts = {"space", "search", *new.SECONDARY}
+    if new.model_dump(exclude=parts) != old.model_dump(exclude=parts) or new.search.method != old.search.method:
+        return False
+    if new.search.method not in ("grid", "list", "random"):
+        return False
+    more, fewer = ([_key(params) for params in _configurations(spec, [], 0, None)] for spec in (new, old))
+    if new.search.method == "random":
+        return more[: len(fewer)] == fewer
+    return set(fewer) <= set(more)
 
 
 def boxes(spec: StudySpec, finished: Sequence[Finished]) -> list[Box | None]:
@@ -378,16 +408,20 @@ def border(spec: StudySpec, finished: Sequence[Finished]) -> list[str]:
 
 
 def _planned(
-    spec: StudySpec, finished: Sequence[Finished], ask: Ask | None = None
+    spec: StudySpec,
+    finished: Sequence[Finished],
+    ask: Ask | None = None,
+    started: Mapping[Slot, Params] = MappingProxyType({}),
 ) -> Iterator[tuple[list[Proposal], bool]]:
     """The proposals of each stage as far as the results reach, and whether all of them are finished."""
     done = {f.slot for f in finished}
     for number, stage in enumerate(_stages(spec)):
-        own = [f for f in _in_order(finished) if f.slot.stage == number]
         configurations = _configurations(spec, finished, number, ask)
+        placed = {f.slot: f.params for f in finished} | dict(started) if stage.keeps else {}
+        own = {slot.index: params for slot, params in placed.items() if slot.stage == number}
         proposals = [
             Proposal(Slot(number, index, repeat), params, stage.name, stage.overrides)
-            for index, params in _indexed(configurations, own if stage.keeps else [])
+            for index, params in _indexed(configurations, own)
             for repeat in stage.repeats
         ]
         complete = all(proposal.slot in done for proposal in proposals)
@@ -440,13 +474,12 @@ def _generations(spec: StudySpec, finished: Sequence[Finished], ask: Ask | None)
     return found
 
 
-def _indexed(configurations: Sequence[Params], own: Sequence[Finished]) -> list[tuple[int, Params]]:
-    """Each configuration with its index. One that has results keeps its own, so that a grid which was extended
+def _indexed(configurations: Sequence[Params], own: Mapping[int, Params]) -> list[tuple[int, Params]]:
+    """Each configuration with its index. Those that have one already keep it, so that a grid which was extended
     keeps what is done; the others take the free numbers in order, which leaves a new grid in its own order."""
-    known = {_key(f.params): f.slot.index for f in reversed(own)}
-    taken = {f.slot.index for f in own}
-    free = (index for index in count() if index not in taken)
-    return [(known[key] if (key := _key(p)) in known else next(free), p) for p in configurations]
+    known = {_key(params): index for index, params in own.items()}
+    free = (index for index in count() if index not in own)
+    return [(known[key] if (key := _key(params)) in known else next(free), params) for params in configurations]
 
 
 def _levels(spec: StudySpec) -> list[Sequence[Scalar]]:

@@ -186,7 +186,8 @@ def compare(material: Material) -> list[Compared]:
 
 def _compare(material: Material, published: Published) -> Compared:
     runs = _runs_of(material, published)
-    values = [a.attrs[published.metric] for a in runs if a.value is not None and published.metric in a.attrs]
+    told = [a.attrs | {material.spec.metric: a.value} for a in runs if a.value is not None]
+    values = [figures[published.metric] for figures in told if published.metric in figures]
     mean = statistics.fmean(values) if values else None
     deviation = statistics.stdev(values) if len(values) > 1 else None
     difference = mean - published.value if mean is not None and published.value is not None else None
@@ -393,7 +394,10 @@ def _curves(material: Material) -> list[Html]:
         if runs:
             caption = _name(material, configuration) + (" · band: one deviation" if len(runs) > 1 else "")
             x_label = _unit(material, configuration.slots[0])
-            drawn.append(_picture(caption, figures.curves, *figures.stack(runs), x_label=x_label))
+            x, table = figures.stack(runs)
+            if "eta" in table and np.nanmin(table["eta"]) == np.nanmax(table["eta"]):
+                del table["eta"]  # constant
+            drawn.append(_picture(caption, figures.curves, x, table, x_label=x_label))
     return drawn
 
 
@@ -487,13 +491,14 @@ def _slices(material: Material) -> list[Html]:
     """The metric by each parameter."""
     spec, found = material.spec, _valued(material)
     axes = {n: d for n, d in spec.dimensions.items() if len({a.params.get(n) for a in found}) > 1}
-    if not axes:
+    if not axes or (len(axes) == 1 and _paths(material)):  # which shows the same
         return []
     points = {name: [a.params[name] for a in found] for name in axes}
     log = {name for name, d in axes.items() if isinstance(d, Range) and d.log}
+    choices = {name: d.choices for name, d in axes.items() if isinstance(d, Choice)}
     stages, values = [a.attrs["stage"] for a in found], [a.value for a in found]
     caption = f"{spec.metric} by each parameter; triangles lie far beyond the axis"
-    return [_picture(caption, figures.slices, points, values, stages, y_label=spec.metric, log=log)]
+    return [_picture(caption, figures.slices, points, values, stages, y_label=spec.metric, log=log, choices=choices)]
 
 
 def _layers(material: Material) -> list[Html]:
@@ -528,17 +533,15 @@ def _confusions(material: Material) -> list[Html]:
 def _repeated(material: Material) -> Html:
     """Mean and deviation over the runs of each configuration that has several, the best first."""
     spec, by_slot = material.spec, finished_attempts(material.attempts)
-    finished = sorted(results(spec, by_slot.values(), {}), key=lambda f: f.slot)
-    groups = [r for r in plan.results(finished, _configuration) if r.n > 1]
-    groups.sort(key=lambda r: -r.mean)
+    groups = material.outcome.repeated if material.outcome else []
     chosen = set(material.outcome.chosen.slots) if material.outcome else set()
 
     def row(group: Result) -> list[object]:
         runs = [by_slot[slot] for slot in group.slots]
         tests = [a.attrs["test_accuracy"] for a in runs if "test_accuracy" in a.attrs]
         test = _spread(statistics.fmean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else ""
-        mean = "no result" if math.isinf(group.mean) else _spread(abs(group.mean), group.deviation)
-        mark = "chosen" if chosen & set(group.slots) else ""
+        mark = _tag("span", "chosen", class_="chosen") if chosen & set(group.slots) else ""
+        mean = _spread(group.mean, group.deviation)
         return [runs[0].attrs["stage"], *group.params.values(), group.n, mean, test, mark]
 
     head = ["stage", *spec.dimensions, "runs", spec.metric, "test_accuracy", ""]

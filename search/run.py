@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -18,22 +19,25 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, field, replace
+from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.pruners import BasePruner
 from optuna.trial import TrialState
+from threadpoolctl import threadpool_info
 
 from core.data import Dataset
 from core.train import Progress, State, TrainConfig, advance, may_share, start
 from search import __version__, checkpoint, outbox, plan, prune
 from search.datasets import open_dataset
-from search.errors import Interrupted, SieveError, StudyBusy, StudyFailed, UnknownStudy
-from search.executor import LOST, open_executor
+from search.errors import DataError, Interrupted, SieveError, StudyFailed, UnknownStudy
+from search.executor import LOST, advance_elsewhere, open_executor
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
 from search.samplers import OPTUNA_SAMPLERS, asker
@@ -45,12 +49,14 @@ from search.storage import (
     distribution,
     finished_attempts,
     is_empty,
+    is_owned,
     open_storage,
     owned,
     register,
     study_names,
 )
 from search.study import Choice, Halving, StudySpec
+from search.tracking import links, run_link
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
 PUBLISHER_SECONDS = 20.0  # without getting on, before the rest is left to `sieve sync`
@@ -65,6 +71,7 @@ MOST_LOSSES = 3  # a slice lost so often is its trial's fault after all
 FIRST_POINTS = 5  # shown by a dry run
 GROUP = 16  # trials of its timed slice
 BEST = 3  # trials whose curves are drawn as a figure
+NOTED = 5  # repeated configurations in the study's note
 KINDS = ("accuracy", "loss", "cost")
 
 
@@ -212,7 +219,8 @@ class Runner:
         self.todo: deque[Proposal] = deque()
         self.ready: list[Trial] = []
         self.flying: dict[Future[tuple[list[State], list[Progress]]], Flight] = {}
-        self.stopping: str | None = None  # "stop" or "cancel"
+        self.stopping: str | None = None  # "stop", "cancel", or "later" for a service that goes down
+        self.lonely = False  # no worker was there when work was
         self.began = self.asked = self.last_note = clock()
         self.rate = FIRST_RATE
         self.epoch_times: deque[tuple[float, float]] = deque(maxlen=20)  # (when, trial epochs) of recent slices
@@ -244,7 +252,10 @@ class Runner:
     # ---- what is to be done
 
     def stop(self, how: str = "stop") -> None:
-        """Start nothing more. "stop" keeps the running trials for later, "cancel" gives them up."""
+        """Start nothing more. "stop" and "later" keep the running trials, "cancel" gives them up.
+
+        After "later" the study waits for the next `sieve serve`.
+        """
         self.stopping = how
         self.record.patience = STOP_SECONDS
 
@@ -256,10 +267,11 @@ class Runner:
             self._read_request()
             if self.stopping:
                 deadline = min(deadline, self.clock() + STOP_SECONDS)
-            else:
-                self._dispatch()
-            if not self.flying or self.stopping == "cancel" or self.clock() > deadline:
+            going_on = bool(self.flying) if self.stopping else self._dispatch()
+            if not going_on or self.stopping == "cancel" or self.clock() > deadline:
                 break
+            if not self.flying:
+                self._await_workers()
             for future in wait(self.flying, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 self._collect(self.flying.pop(future), future)
             self.write_notes(every=NOTE_SECONDS)
@@ -285,11 +297,11 @@ class Runner:
         ]
         self.record.set_attr("stages", stages)
 
-    def _dispatch(self) -> None:
-        """Keep every worker busy with a group of trials."""
+    def _dispatch(self) -> bool:
+        """Keep every worker busy with a group of trials; False when nothing is left to do."""
         idle = self.workers() - len(self.flying)
         if idle <= 0:
-            return
+            return True
         if not self.todo and not self.ready:
             self._propose()
         self._leave_rungs()
@@ -302,11 +314,24 @@ class Runner:
         for trials in packed[:idle]:
             self._submit(trials)
         self.ready = [trial for trials in packed[idle:] for trial in trials]
+        return bool(self.flying)
+
+    def _await_workers(self) -> None:
+        if not self.lonely:
+            self.lonely = True
+            self.warn(f"no worker is at {self.settings.executor} now; waiting for one")
+        time.sleep(0.5)
 
     def _submit(self, trials: list[Trial]) -> None:
         seconds_per_epoch = sum(t.cost for t in trials) / self.rate
         epochs = max(1, min(round(SLICE_SECONDS / seconds_per_epoch), *(self._most_epochs(t) for t in trials)))
-        future = self.executor.submit(advance, [t.state for t in trials], trials[0].data, epochs)
+        states, data = [t.state for t in trials], trials[0].data
+        if self.settings.executor == "local":
+            future = self.executor.submit(advance, states, data, epochs)
+        else:
+            dataset = self.spec.dataset_of(trials[0].stage).model_dump_json()
+            future = self.executor.submit(advance_elsewhere, states, dataset, data.digest, epochs)
+        self.lonely = False
         self.flying[future] = Flight(trials, epochs, self.clock())
 
     def _most_epochs(self, trial: Trial) -> int:
@@ -358,7 +383,7 @@ class Runner:
         """The scores at rungs of trials that are settled: the others are measured against them."""
         sign = 1 if self.spec.maximise else -1
         for slot, attempt in self.settled.items():
-            curve = self.record.storage.get_trial(attempt.trial_id).intermediate_values
+            curve = self.record.curve(attempt.trial_id)
             self._note_rungs(rungs, slot, [sign * curve[step] for step in sorted(curve)])
 
     def _note_rungs(self, rungs: Halving, slot: Slot, scores: list[float]) -> None:
@@ -373,10 +398,13 @@ class Runner:
         trials = flight.trials
         try:
             states, progress = future.result()
+        except DataError:  # of this machine's copy, not of the trial: nothing is settled
+            raise
         except LOST as error:
+            died = isinstance(error, BrokenExecutor)  # else the engine lost all its work, whoever's it was
             for trial in trials:
-                trial.losses += 1
-                trial.alone = True
+                trial.losses += died
+                trial.alone = trial.alone or died
                 if trial.losses >= MOST_LOSSES:
                     self._fail(trial, f"its worker died {trial.losses} times: {error or type(error).__name__}")
                 else:
@@ -423,12 +451,15 @@ class Runner:
             self._note_rungs(self.rungs, trial.slot, values)
         if trial.state.finished:
             self._finish(trial)
-        elif self.pruner and prune.is_worse(self.pruner, self.record.storage, self.spec.name, trial.trial_id):
+        elif self.pruner and self._is_worse(self.pruner, trial):
             self._cut(trial, f"pruned by {self.spec.pruner.method if self.spec.pruner else ''}")
         elif done in {evaluations for stage, evaluations in self.at_rung if stage == trial.slot.stage}:
             self.waiting.append(trial)
         else:
             self.ready.append(trial)
+
+    def _is_worse(self, pruner: BasePruner, trial: Trial) -> bool:
+        return self.record.retrying(prune.is_worse, pruner, self.record.storage, self.spec.name, trial.trial_id)
 
     def _leave_rungs(self) -> None:
         """Let the best of a stage go on once all of it is settled, or waits at this rung or a later one."""
@@ -475,6 +506,7 @@ class Runner:
         self.box.put([ended])
         self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason[:2000]})
         self.failed[trial.slot] = trial.params
+        self.unnoted[trial.uid(self.spec.name)] = trial.trial_id
         checkpoint.remove(self._checkpoint(trial))
 
     def _give_up(self) -> None:
@@ -508,12 +540,13 @@ class Runner:
         begun = outbox.study_begun(
             self.spec.name,
             json.loads(self.spec.to_json()),
-            {"version": __version__},
+            {"version": __version__} | {f"version.{name}": version for name, version in versions().items()},
             self.clock(),
             dimensions=kinds,
             optuna_study_id=self.record.study_id,
         )
         self.box.put([begun])
+        self.record.set_attr("versions", versions())
         if self.spec.pruner:
             self.record.set_attr("pruning", prune.TIMING if self.pruner else prune.BARRIER)
 
@@ -596,12 +629,17 @@ class Runner:
         if not self.unnoted or self.clock() - self.last_note < every:
             return
         self.last_note = self.clock()
-        links = self.box.links(self.spec.name)
-        for uid in sorted(self.unnoted.keys() & links.keys()):
-            experiment, run = links[uid]
-            url = f"{self.settings.mlflow_ui}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
-            image = f"![first layer](/artifacts/{self.record.study_id}/{self.unnoted[uid]}/{artifact_id(uid)})"
-            self.record.note(f"{image}\n\n[Curves, images and weights in MLflow]({url})\n", self.unnoted.pop(uid))
+        shown = self.box.links(self.spec.name)
+        for uid in sorted(self.unnoted.keys() & shown.keys()):
+            trial_id = self.unnoted.pop(uid)
+            _, slot, attempt = uid.rsplit("/", 2)
+            address = run_link(self.settings, *shown[uid])
+            note = f"Slot **{slot}**, attempt {attempt}: [curves, images and weights in MLflow]({address})\n\n"
+            if Slot.parse(slot) in self.failed:
+                note += "It failed; its user attribute `reason` says why.\n"
+            else:
+                note += f"![first layer](/artifacts/{self.record.study_id}/{trial_id}/{artifact_id(uid)})\n"
+            self.record.note(note, trial_id)
 
     def _read_request(self) -> None:
         """What `sieve stop` or `sieve cancel`, in another process, asked for."""
@@ -630,6 +668,7 @@ class Outcome:
     metric: str
     chosen: plan.Chosen  # its mean and deviation are in the unit of the metric
     test_accuracy: tuple[float, float | None] | None  # mean and deviation over the chosen configuration's trials
+    repeated: list[plan.Result]  # configurations with several runs, best mean first, in the unit of the metric
     border: list[str]  # where the best point lies on the border of the space
     table: list[Attempt]  # the best trials, best first
     failed: int
@@ -646,12 +685,13 @@ def launch(
     show: Callable[[Status], None] = lambda status: None,
     started: Callable[[Runner], None] = lambda runner: None,
     warn: Callable[[str], None] = lambda text: None,
+    report: Callable[[StudyRecord, Settings], bytes] | None = None,
 ) -> Outcome:
     """Run a study to its end, from its beginning or from where it was left.
 
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
     signal handler; `warn` gets what a person should know. Without `publish`, all for MLflow stays in
-    the outbox.
+    the outbox. `report` makes the page that goes with the study's summary; if it fails, the study does not.
     Raises StudyConflict, StudyBusy, DataError; Interrupted if it was stopped; StudyFailed without any result.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
@@ -659,7 +699,7 @@ def launch(
         record = register(open_storage(settings.storage), spec, still_owned, PATIENCE)
         record.warn = warn
         with (
-            publishing(box, spec.name) if publish else nullcontext(),
+            publishing(box, spec.name, settings) if publish else nullcontext(),
             closing_workers(settings, workers) as (executor, count),
         ):
             record.set_attr("state", "running")
@@ -668,15 +708,88 @@ def launch(
             try:
                 runner.run(show)
             finally:
-                record.set_attr("state", "done" if runner.done else "stopped")
+                left = "queued" if runner.stopping == "later" else "stopped"
+                record.set_attr("state", "done" if runner.done else left)
             if runner.stopping:
                 raise Interrupted(f"study '{spec.name}' was stopped; `sieve launch` with its file goes on from here")
             outcome = conclude(record)
             record.set_attr("chosen", outcome.chosen.params)
-            uids = [f"{spec.name}/{a.slot}/{a.attempt}" for a in outcome.table[:BEST]]
-            box.put([outbox.study_ended(spec.name, time.time(), summary(outcome), best=uids)])
+            page = _page(report, record, settings, warn) if report else None
+            box.put([_ended(outcome, page)])
         runner.write_notes()
+        record.note(study_note(spec, outcome, box.links(spec.name), settings))
         return replace(outcome, unsent=box.unsent(spec.name))
+
+
+def _page(
+    report: Callable[[StudyRecord, Settings], bytes],
+    record: StudyRecord,
+    settings: Settings,
+    warn: Callable[[str], None],
+) -> bytes | None:
+    try:
+        return report(record, settings)
+    except Exception as error:
+        warn(f"warning: there is no report: {type(error).__name__}: {error}; `sieve report {record.name}` tries again")
+        return None
+
+
+def _ended(outcome: Outcome, page: bytes | None) -> Record:
+    """What MLflow is to show of a study's end: the summary run, and means and deviations on repeated runs."""
+    uids = {a.slot: f"{outcome.study}/{a.slot}/{a.attempt}" for a in outcome.table}
+    repeated = {
+        uids[slot]: {"mean": result.mean, "deviation": result.deviation or 0.0}
+        for result in outcome.repeated
+        for slot in result.slots
+    }
+    best = [uids[a.slot] for a in outcome.table[:BEST]]
+    return outbox.study_ended(outcome.study, time.time(), summary(outcome), page, best=best, repeated=repeated)
+
+
+def study_note(spec: StudySpec, outcome: Outcome, shown: Mapping[str, tuple[str, str]], settings: Settings) -> str:
+    """Markdown for the study's page in the Optuna dashboard: result, links into MLflow, repeated runs, the study.
+
+    shown: uid -> (experiment id, run id) of what is in MLflow by now.
+    """
+
+    def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+        lines = [list(head), *map(list, rows)]
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+    def spread(mean: float, deviation: float | None) -> str:
+        return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+    chosen, repeated = outcome.chosen, outcome.repeated[:NOTED]
+    runs = "1 run" if chosen.n == 1 else f"{chosen.n} runs"
+    parts = [f"**{spec.metric} {spread(chosen.mean, chosen.deviation)}** ({runs}): {outbox.run_name(chosen.params)}"]
+    if outcome.test_accuracy:
+        parts.append(f"test_accuracy {spread(*outcome.test_accuracy)}, not used to choose")
+    parts += outcome.border
+    if spec.name in shown:
+        experiment, run = shown[spec.name]
+        address = links(settings, experiment)
+        parts.append(
+            f"In MLflow: [charts]({address['charts']}) · [table]({address['table']}) · "
+            f"[report and summary]({run_link(settings, experiment, run)})"
+        )
+    if repeated:
+        rows = ([outbox.run_name(r.params), r.n, spread(r.mean, r.deviation)] for r in repeated)
+        parts.append(table(["configuration", "runs", spec.metric], rows))
+    stages = ", ".join(f"{stage.name} ({stage.trials})" for stage in plan.stages(spec))
+    about = f"{spec.search.method} on {spec.dataset.name}, seed {spec.seed}; stages: {stages}"
+    return "\n\n".join([*parts, about, *([spec.description] if spec.description else [])])
+
+
+def versions() -> dict[str, str]:
+    """Exactly what is at work here: Sieve, Python, the libraries, and NumPy's BLAS with its kernel."""
+    blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    found = {"sieve": __version__, "python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in ("numpy", "optuna", "mlflow")}
+    found["BLAS"] = " and ".join(
+        f"{b['internal_api']} {b['version']} with kernel {b.get('architecture', '?')}" for b in blas
+    )
+    return found
 
 
 @contextmanager
@@ -690,14 +803,16 @@ def closing_workers(settings: Settings, workers: int | None) -> Iterator[tuple[E
 
 
 @contextmanager
-def publishing(box: Outbox, study: str) -> Iterator[None]:
+def publishing(box: Outbox, study: str, settings: Settings) -> Iterator[None]:
     """A publisher at work: a process of its own, which alone imports mlflow.
 
     Leaving waits for it to send the rest of the study, as long as it gets on, and then ends it: what is
     not sent stays in the outbox, and being cut short does no harm.
     """
     command = [sys.executable, "-c", "from search.cli import app; app()", "sync", "--follow", str(os.getpid())]
-    publisher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    addresses = {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": settings.tracking_uri}
+    addresses |= {"SIEVE_MLFLOW_UI": settings.mlflow_ui, "SIEVE_DASHBOARD_UI": settings.dashboard_ui}
+    publisher = subprocess.Popen(command, env=os.environ | addresses, stdin=subprocess.DEVNULL, start_new_session=True)
     patience = HURRY_SECONDS
     try:
         yield
@@ -725,10 +840,14 @@ def conclude(record: StudyRecord) -> Outcome:
         )
         raise StudyFailed(f"study '{spec.name}': none of {len(attempts)} trials has a result: {'; '.join(reasons[:3])}")
     tests = [settled[slot].attrs["test_accuracy"] for slot in chosen.slots if "test_accuracy" in settled[slot].attrs]
+    sign = 1 if spec.maximise else -1
+    by_slot = sorted(finished, key=lambda f: f.slot)
+    configurations = plan.ranked(plan.results(by_slot, lambda f: f"{f.slot.stage}.{f.slot.index}"))
     return Outcome(
         study=spec.name,
         metric=spec.metric,
-        chosen=chosen if spec.maximise else replace(chosen, mean=-chosen.mean),
+        chosen=replace(chosen, mean=sign * chosen.mean),
+        repeated=[replace(result, mean=sign * result.mean) for result in configurations if result.n > 1],
         test_accuracy=(statistics.mean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else None,
         border=plan.border(spec, finished),
         table=best_first(spec, settled.values()),
@@ -811,7 +930,7 @@ def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str,
     failed = {a.slot for a in attempts if a.state == TrialState.FAIL} - settled.keys()
     row |= {
         "study": record.name,
-        "state": "running" if _is_owned(settings, record.name) else attrs.get("state", "-"),
+        "state": "running" if is_owned(settings.storage, record.name) else attrs.get("state", "-"),
         "complete": sum(a.state == TrialState.COMPLETE for a in settled.values()),
         "pruned": sum(a.state == TrialState.PRUNED for a in settled.values()),
         "running": sum(a.state == TrialState.RUNNING for a in attempts),
@@ -829,18 +948,13 @@ def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str,
     return row
 
 
-def _is_owned(settings: Settings, study: str) -> bool:
-    try:
-        with owned(settings.storage, study):
-            return False
-    except StudyBusy:
-        return True
-
-
 def request(study: str, what: str, settings: Settings) -> str:
     """Ask the runner of a study to "stop" or "cancel"; says what will happen. Raises UnknownStudy."""
     record = stored(study, settings)
-    if not _is_owned(settings, study):
+    if not is_owned(settings.storage, study):
+        if record.attrs.get("state") == "queued":
+            record.set_attr("state", "stopped")
+            return f"study '{study}' does not wait for `sieve serve` any more"
         return f"study '{study}' is not running"
     record.set_attr("request", what)
     return f"asked the runner of study '{study}' to {what}; it does within {REQUEST_SECONDS + STOP_SECONDS:.0f} seconds"

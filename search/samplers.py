@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +21,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from search.errors import StudyFileError
 from search.plan import (
     ENOUGH,
     Array,
@@ -191,8 +193,9 @@ def _comparable(distribution: BaseDistribution, other: BaseDistribution) -> bool
 OPTUNA_SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(seed=seed),
     "gp": lambda seed: GPSampler(seed=seed),
-    "cmaes": lambda seed: CmaEsSampler(seed=seed),
+    "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
 }
+NEEDS = {"gp": "torch", "cmaes": "cmaes"}  # packages that Optuna does not bring along
 
 
 def asker(method: str, distributions: Mapping[str, BaseDistribution], seed: int) -> Ask:
@@ -202,12 +205,12 @@ def asker(method: str, distributions: Mapping[str, BaseDistribution], seed: int)
     a study resumes: asked for the same number, told the same scores in the order of their slots. A failed
     trial is told as the worst that did not fail, so that the sampler learns to keep away.
 
-    Raises ImportError, and says which extra to install, when the method's package is missing.
+    Raises StudyFileError when the package that the method needs is not installed.
     """
-    try:
-        study = optuna.create_study(direction="maximize", sampler=OPTUNA_SAMPLERS[method](seed))
-    except ImportError as error:
-        raise ImportError(f"method {method} needs a package that is not installed: {error}") from error
+    if (package := NEEDS.get(method)) and not find_spec(package):
+        line = f"search.method: {method} needs the package {package}, which is not installed; pip install {package}"
+        raise StudyFileError([line])
+    study = optuna.create_study(direction="maximize", sampler=OPTUNA_SAMPLERS[method](seed))
     asked: list[list[optuna.Trial]] = []
 
     def ask(generation: int, count: int, results: Sequence[Result]) -> list[Params]:

@@ -36,6 +36,9 @@ class Settings:
         if set("?#") & set(str(home)):
             raise SettingsError(f"SIEVE_HOME: expected a folder without ? or # in its path, got {home}")
         storage = _url(given, "SIEVE_STORAGE", f"sqlite:///{home.as_posix()}/sieve.db")
+        storage = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", storage)
+        if not storage.startswith(("sqlite:///", "postgresql+")):
+            raise SettingsError(f"SIEVE_STORAGE: expected sqlite:///... or postgresql://..., got {redact(storage)!r}")
         tracking_uri = _url(given, "MLFLOW_TRACKING_URI", f"sqlite:///{home.as_posix()}/mlflow.db")
         data_dir = given.get("SIEVE_DATA_DIR")
         executor = given.get("SIEVE_EXECUTOR", "local")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import filelock
 import optuna
 import sqlalchemy
+from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
@@ -63,6 +65,8 @@ class Attempt:
 
 # ---- the database
 
+Storage = RDBStorage  # for the annotations of modules that know nothing of Optuna
+
 
 def open_storage(url: str) -> RDBStorage:
     """The storage at a URL, with its tables. Raises StorageLost if it does not answer, SettingsError if it never will.
@@ -87,6 +91,7 @@ def open_storage(url: str) -> RDBStorage:
         if (context.is_disconnect and not context.is_pre_ping) or context.connection is None:
             raise _lost(url, context.original_exception) from None
 
+    weakref.finalize(storage, storage.engine.dispose)
     return storage
 
 
@@ -100,6 +105,12 @@ def _open_sqlite(url: str) -> RDBStorage:
 
     storage.engine.dispose()  # connections from before the listener
     return storage
+
+
+def artifacts(folder: Path) -> FileSystemArtifactStore:
+    """What the dashboard takes the pictures of trials from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileSystemArtifactStore(folder)
 
 
 def migrate(url: str) -> None:
@@ -158,6 +169,18 @@ def owned(storage: str, study: str) -> Iterator[Callable[[], None]]:
             yield advisory.check
 
 
+def is_owned(storage: str, study: str) -> bool:
+    """Whether somebody runs a study now."""
+    if storage.startswith("sqlite"):
+        try:
+            with owned(storage, study):
+                return False
+        except StudyBusy:
+            return True
+    with closing(_AdvisoryLock(storage, study)) as advisory:
+        return advisory.is_held()
+
+
 @contextmanager
 def _making_tables(storage: str) -> Iterator[None]:
     """Wait for the turn to look for tables and to make them."""
@@ -205,6 +228,19 @@ class _AdvisoryLock:
     def _try(self) -> bool:
         assert self.connection is not None
         return bool(self.connection.execute(sqlalchemy.text(f"SELECT pg_try_advisory_lock({self.key})")).scalar())
+
+    def is_held(self) -> bool:
+        """Whether anybody has the lock. Raises StorageLost."""
+        holders = (
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND "
+            "database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND "
+            f"(classid::bigint << 32) | objid::bigint = {self.key}"
+        )
+        try:
+            self.connection = self.connection or self.engine.connect()
+            return bool(self.connection.execute(sqlalchemy.text(holders)).scalar())
+        except SQLAlchemyError as error:
+            raise _lost(self.url, error) from None
 
     def check(self) -> None:
         """Raises StudyBusy if another has the lock that was ours, StorageLost if that cannot be told."""
@@ -328,6 +364,11 @@ class StudyRecord:
             for trial in self.storage.get_all_trials(self.study_id, deepcopy=False)
             if "slot" in trial.user_attrs
         ]
+
+    @_durable
+    def curve(self, trial_id: int) -> dict[int, float]:
+        """The intermediate values of a trial, by step."""
+        return self.storage.get_trial(trial_id).intermediate_values
 
     def begin(self, proposal: Proposal, attempt: int, distributions: Mapping[str, BaseDistribution]) -> tuple[int, int]:
         """Write a proposal down as a RUNNING trial, in one transaction; returns (trial id, number)."""

@@ -37,6 +37,7 @@ BATCH = 64  # records fetched at a time
 MOST_FAILURES = 10  # of one trial's records while the server answers everything else
 UID = "sieve.uid"
 VIEW = "sieve"
+WIDE = ("Which setting won", "Weights and confusion matrices")  # sections of the saved view
 NOTE = "mlflow.note.content"
 LOG10 = "log10_"
 LONGEST_PARAM = 6000  # MLflow cuts longer ones without a word
@@ -188,6 +189,7 @@ class _Publisher:
         self.runs: dict[str, tuple[str, str]] = {}  # uid -> (experiment id, run id)
         self.experiments: dict[str, str] = {}
         self.failures: dict[str, int] = {}
+        self.acknowledged: set[int] = set()  # ids of records whose points the server took from this publisher
         self._client: Any = None
 
     @property
@@ -269,6 +271,7 @@ class _Publisher:
                 present = self._run_ids(found.experiment_id) if found else set()
             except Exception as error:
                 raise _Waiting(_one_line(error)) from error
+            self.acknowledged.clear()
             linked = self.box.links(name)
             lost = [uid for uid, (_, run_id) in linked.items() if run_id not in present]
             for uid in lost:
@@ -352,6 +355,10 @@ class _Publisher:
             with tempfile.TemporaryDirectory() as folder:
                 if self._draw_curves(record.study, uid, Path(folder)):
                     self.client.log_artifacts(self._run(record.study, uid)[1], folder)
+        for uid, figures_of in record.payload.get("repeated", {}).items():
+            if self.box.records(uid, "trial_begun"):
+                both = [Metric(f"repeats/{k}", round(float(v), 6), _ms(record.when), 0) for k, v in figures_of.items()]
+                self.client.log_batch(self._run(record.study, uid)[1], both)
         self.client.set_terminated(run_id, "FINISHED", _ms(record.when))
 
     # ---- a trial
@@ -359,7 +366,7 @@ class _Publisher:
     def _run(self, study: str, uid: str) -> tuple[str, str]:
         """(experiment id, run id) of a trial's attempt, or of the study's summary; made if need be."""
         if uid not in self.runs:
-            known = self.box.links(study).get(uid)
+            known = self.box.links(study, uid).get(uid)
             self.runs[uid] = known or (self._experiment(study), self._create_run(study, uid))
         return self.runs[uid]
 
@@ -417,6 +424,7 @@ class _Publisher:
             if begun or picture is not None or ended:
                 tags[NOTE] = self._note(study, uid, run_id, picture, tags.get("reason"))
             self.client.log_batch(run_id, metrics, params, [RunTag(k, v) for k, v in tags.items()])
+            self.acknowledged |= {record.id for record in by_kind.get("trial_progress", [])}
             if any(folder.iterdir()):
                 self.client.log_artifacts(run_id, name)
         if begun:
@@ -523,9 +531,9 @@ class _Publisher:
         from mlflow.entities import RunTag
 
         stem, _, attempt = uid.rpartition("/")
-        known = self.box.links(study)
-        before = f"{stem}/{int(attempt) - 1}" if attempt.isdigit() else uid
-        if before not in known or before == uid:
+        before = f"{stem}/{int(attempt) - 1}" if attempt.isdigit() else ""
+        known = self.box.links(study, before)
+        if before not in known:
             return
         experiment_id, run_before = known[before]
         note = self.client.get_run(run_before).data.tags.get(NOTE, "")
@@ -545,8 +553,14 @@ class _Publisher:
             self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _complete(self, uid: str, run_id: str) -> None:
-        """Make sure that the run holds every curve point before it closes. Raises _Waiting if it does not."""
-        points = _metrics(self.box.records(uid, "trial_progress", refused=False))
+        """Make sure that the run holds every curve point before it closes. Raises _Waiting if it does not.
+
+        What another publisher sent, perhaps one that was killed, is looked up.
+        """
+        records = self.box.records(uid, "trial_progress", refused=False)
+        if self.acknowledged >= {record.id for record in records}:
+            return
+        points = _metrics(records)
         for _ in range(2):
             missing = set()
             for key in {point.key for point in points}:
@@ -630,6 +644,8 @@ def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: 
     logs = [LOG10 + name for name, scale in dimensions.items() if scale == "log"]
     parallel = [LOG10 + name if scale == "log" else name for name, scale in dimensions.items()]
     shown = dict.fromkeys([metric, "result/best_val_accuracy", "result/test_accuracy"])
+    if spec.get("confirm") or spec.get("repeats", 1) > 1:
+        shown |= dict.fromkeys(["repeats/mean", "repeats/deviation"])
     charts: dict[str, list[dict[str, Any]]] = {
         "Which setting won": [
             {"type": "PARALLEL", "displayName": "Parameters and result", "selectedMetrics": [metric],
@@ -649,7 +665,7 @@ def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: 
         ],
         "Weights and confusion matrices": [
             _grid("First layer at the end", "W1_final"),
-            _grid("First layer while it trained", "W1"),
+            _grid("First layer while it trained", "W1", (spec.get("base") or {}).get("epochs") or 0),
             _grid("First layer at the end, in pixel space", "W1_pixels"),
             _grid("Confusion matrix", "confusion"),
         ],
@@ -687,7 +703,7 @@ def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: 
         ],
         "compareRunSections": [
             {"uuid": section, "name": name, "display": True, "isReordered": False, "deleted": False,
-             "isGenerated": False, "columns": 2 if section == "s1" else 3, "cardHeight": 360}
+             "isGenerated": False, "columns": 2 if name in WIDE else 3, "cardHeight": 480 if name in WIDE else 360}
             for section, name, _ in numbered
         ],
     }  # fmt: skip
@@ -704,5 +720,5 @@ def _lines(title: str, *keys: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _grid(title: str, key: str) -> dict[str, Any]:
-    return {"type": "IMAGE", "displayName": title, "imageKeys": [key], "step": 0, "showRunParams": False}
+def _grid(title: str, key: str, step: int = 0) -> dict[str, Any]:
+    return {"type": "IMAGE", "displayName": title, "imageKeys": [key], "step": step, "showRunParams": False}

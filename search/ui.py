@@ -7,11 +7,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from search.errors import SieveError
+from search.errors import SettingsError, SieveError
 from search.outbox import Outbox
 from search.settings import Settings
 
@@ -25,10 +25,16 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
     settings.home.mkdir(parents=True, exist_ok=True)
     settings.trial_artifacts.mkdir(exist_ok=True)
     open_storage(settings.storage)  # the dashboard refuses a database without tables
-    pages = {"Optuna dashboard": (dashboard_command(settings, dashboard_port), f"http://127.0.0.1:{dashboard_port}")}
+    pages = {"Optuna dashboard": (dashboard_command(dashboard_port), f"http://127.0.0.1:{dashboard_port}")}
     if not settings.tracking_uri.startswith("http"):
         pages = {"MLflow": (mlflow_command(settings, mlflow_port), f"http://127.0.0.1:{mlflow_port}")} | pages
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,  # not on the command line: it may hold a password
+        "SIEVE_HOME": str(settings.home),
+        "SIEVE_STORAGE": settings.storage,
+    }
     with (settings.home / "ui.log").open("wb") as log:
         servers = {
             name: subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -69,16 +75,48 @@ def mlflow_command(settings: Settings, port: int) -> list[str]:
         str(Path(sys.executable).with_name("mlflow")),
         "server",
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", settings.tracking_uri, "--artifacts-destination", str(settings.artifacts)),
+        *("--artifacts-destination", str(settings.artifacts)),
     ]
 
 
-def dashboard_command(settings: Settings, port: int) -> list[str]:
-    return [
-        str(Path(sys.executable).with_name("optuna-dashboard")),
-        *(settings.storage, "--host", "127.0.0.1", "--port", str(port)),
-        *("--artifact-dir", str(settings.trial_artifacts)),
-    ]
+def dashboard_command(port: int) -> list[str]:
+    return [sys.executable, "-c", "from search.cli import app; app()", "dashboard", "--port", str(port)]
+
+
+def dashboard(
+    settings: Settings,
+    host: str,
+    port: int,
+    *,
+    writable: bool = False,
+    open_: bool = False,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Serve the Optuna dashboard behind our guard until SIGTERM or Ctrl-C.
+
+    Elsewhere than on loopback it asks for SIEVE_DASHBOARD_PASSWORD, unless it is `open_`: published on
+    loopback only, by a container's engine. Raises SettingsError.
+    """
+    import optuna_dashboard
+    import waitress
+
+    from search.guard import LOOPBACK, guard
+    from search.storage import artifacts, open_storage
+
+    password = environment.get("SIEVE_DASHBOARD_PASSWORD") or None
+    if host not in LOOPBACK and password is None and not open_:
+        raise SettingsError(
+            f"--host {host}: others could reach the dashboard; set SIEVE_DASHBOARD_PASSWORD, or say --open "
+            "where only this machine can"
+        )
+    hosts = {*LOOPBACK, *environment.get("SIEVE_DASHBOARD_HOSTS", "").replace(",", " ").split()} | {host}
+    app = optuna_dashboard.wsgi(open_storage(settings.storage), artifact_store=artifacts(settings.trial_artifacts))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    guarded = guard(app, hosts=hosts, password=password, writable=writable)
+    try:
+        waitress.serve(guarded, host=host, port=port, threads=8, ident=None, _quiet=True)
+    except OSError as error:
+        raise SettingsError(f"the dashboard cannot listen at {host}:{port}: {error}") from None
 
 
 def _await_answer(name: str, server: subprocess.Popen[bytes], address: str) -> None:

@@ -156,3 +156,26 @@ def test_the_pictures_of_a_trial_cost_little() -> None:
         figures.png(matrix), figures.thumbnail(matrix)
         spent.append(time.process_time() - begun)
     assert min(spent) < 0.15  # shared machines are slower; the figure itself belongs to `make bench`
+
+
+def test_slices_draw_outliers_as_triangles_and_choices_in_order() -> None:
+    """A point for each trial by each parameter; the one that lies far below the others marks the axis' lower edge."""
+    values = [0.9, 0.91, 0.92, 0.93, 0.05]
+    points = {"eta": [0.001, 0.01, 0.1, 1.0, 0.1], "hidden_sizes": ["[50]", "[]", "[50]", "[]", "[50]"]}
+    figure = figures.slices(
+        points, values, ["coarse"] * 3 + ["fine"] * 2, y_label="accuracy", log={"eta"},
+        choices={"hidden_sizes": ("[]", "[50]")},
+    )  # fmt: skip
+    eta, sizes = figure.axes
+    coarse, fine, below = (c.get_offsets() for c in eta.collections)
+    assert (len(coarse), fine.tolist(), below.tolist()) == (3, [[1.0, 0.93]], [[0.1, 0.9]])
+    assert (eta.get_xscale(), sizes.get_xscale()) == ("log", "linear")
+    assert [t.get_text() for t in sizes.get_xticklabels()] == ["[]", "[50]"]
+    assert sizes.collections[0].get_offsets()[:, 0].tolist() == [1, 0, 1]
+
+
+def test_the_same_figure_has_the_same_svg() -> None:
+    """Neither the date nor random ids are in it."""
+    first, second = (figures.svg(figures.curves([0, 1], {"loss/val": [2.0, 1.0]})) for _ in range(2))
+    assert first == second
+    assert first.startswith(b"<?xml")

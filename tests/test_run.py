@@ -53,9 +53,10 @@ def values(settings: Settings, study: str = "quick") -> dict[Slot, list[tuple[An
 
 
 def sieve(settings: Settings, *words: str, **popen: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own, on a home whose MLflow is never there."""
-    environment = os.environ | {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", "from search.cli import app; app()", *words]
+    """The command in a process of its own; what is for MLflow stays in the outbox."""
+    environment = os.environ | {"SIEVE_HOME": str(settings.home)}
+    quietly = ["--no-publish"] if words[0] == "launch" else []
+    command = [sys.executable, "-c", "from search.cli import app; app()", *words, *quietly]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen
     )

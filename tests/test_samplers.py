@@ -16,8 +16,9 @@ from optuna.testing.pytest_samplers import (
     SingleOnlySamplerTestCase,
 )
 
+from search.errors import StudyFileError
 from search.plan import Finished, Proposal, propose
-from search.samplers import OPTUNA_SAMPLERS, CoarseToFineSampler, asker
+from search.samplers import NEEDS, OPTUNA_SAMPLERS, CoarseToFineSampler, asker
 from search.study import restore
 
 SPACE: dict[str, Any] = {
@@ -205,13 +206,20 @@ def score(proposal: Proposal) -> float:
 
 def search(method: str, restart: bool = False, trials: int = 20) -> list[Finished]:
     """The whole study, trial by trial; the process starts anew before each one if `restart`."""
-    pytest.importorskip({"cmaes": "cmaes", "gp": "torch"}.get(method, "optuna"))
+    pytest.importorskip(NEEDS.get(method, "optuna"))
     spec = restore({**SPEC, "search": {"method": method, "trials": trials, "generation": 4}})
     ask, finished = asker(method, DISTRIBUTIONS, 7), list[Finished]()
     while todo := [p for p in propose(spec, finished, ask) if p.slot not in {f.slot for f in finished}]:
         finished.append(Finished(todo[-1].slot, todo[-1].params, score(todo[-1])))
         ask = asker(method, DISTRIBUTIONS, 7) if restart else ask
     return sorted(finished, key=lambda f: f.slot)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method whose package is not installed is refused with the name of that package."""
+    monkeypatch.setitem(NEEDS, "gp", "no_such_package")
+    with pytest.raises(StudyFileError, match="gp needs the package no_such_package"):
+        asker("gp", DISTRIBUTIONS, 0)
 
 
 @pytest.mark.filterwarnings("default")

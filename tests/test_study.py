@@ -660,6 +660,7 @@ def test_errors_survive_pickling_and_know_their_exit_code() -> None:
         errors.DataError("x"): (2, "x"),
         errors.SettingsError("x"): (2, "x"),
         errors.StudyFailed("x"): (1, "x"),
+        errors.StorageLost("x"): (1, "x"),
         errors.Interrupted("x"): (130, "x"),
     }
     assert {type(error) for error in family} == set(errors.SieveError.__subclasses__())

@@ -34,7 +34,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, QMCSampler, RandomSampler
 
 from search.plan import Finished, Slot, ranked, results, unit_points
-from search.samplers import OPTUNA_SAMPLERS, CoarseToFineSampler
+from search.samplers import NEEDS, OPTUNA_SAMPLERS, CoarseToFineSampler
 
 CONFIRM = {16: (2, 2), 32: (4, 2), 64: (4, 4)}  # budget: configurations that are trained again, and how often
 MOST = 3.0  # regret of a choice that diverges
@@ -47,9 +47,8 @@ METHODS: dict[str, Callable[[int, int], BaseSampler]] = {  # of the trials to se
     "random": lambda n, seed: RandomSampler(seed=seed),
     "sobol": lambda n, seed: QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False),
     "coarse-to-fine": lambda n, seed: CoarseToFineSampler(n, seed=seed),
-    **{name: lambda n, seed, make=make: make(seed) for name, make in OPTUNA_SAMPLERS.items()},  # type: ignore[misc]
+    **{name: lambda n, seed, name=name: OPTUNA_SAMPLERS[name](seed) for name in ("tpe", "cmaes", "gp")},  # type: ignore[misc]
 }
-NEEDS = {"gp": "torch", "cmaes": "cmaes"}
 
 
 @dataclass(frozen=True)
@@ -367,7 +366,13 @@ def main() -> None:
     ]
     began = time.monotonic()
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        regrets = dict(zip(tasks, pool.map(measure, tasks, chunksize=4), strict=True))
+        regrets = {}
+        for task, found in zip(tasks, pool.map(measure, tasks, chunksize=4), strict=True):
+            regrets[task] = found
+            if len(regrets) % 100 == 0 or len(regrets) == len(tasks):
+                print(
+                    f"{len(regrets)} of {len(tasks)} searches, {task[0]}, {time.monotonic() - began:.0f} s", flush=True
+                )
     groups = {"tables of perceptrons": tables, "functions": functions, "functions not tuned on": list(UNSEEN)}
     summaries = {title: summary(regrets, names) for title, names in groups.items() if names}
     for title, rows in summaries.items():

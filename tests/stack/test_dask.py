@@ -1,0 +1,198 @@
+"""A Dask cluster as the executor: a real scheduler and real workers, which come, go and die."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from search import run
+from search.errors import DataError, SettingsError
+from search.settings import Settings
+from search.study import StudySpec
+from tests.stack.conftest import await_port, free_port
+from tests.test_run import slow, values
+
+distributed = pytest.importorskip("distributed", reason="needs Dask: pip install distributed")
+pytestmark = [pytest.mark.stack, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+Spec = Callable[..., StudySpec]
+Home = Callable[..., Settings]
+launch = partial(run.launch, publish=False)
+
+
+class Cluster:
+    """A scheduler and workers as processes, with the settings that docs/deploy.md recommends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"dask://127.0.0.1:{self.port}"
+
+    def _dask(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        dropped = ("SIEVE_STORAGE", "MLFLOW_TRACKING_URI", "SIEVE_HOME", "OPENBLAS_CORETYPE")
+        kept = {name: value for name, value in os.environ.items() if name not in dropped}
+        settings = {
+            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0",
+            "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
+        }
+        with (self.folder / "log").open("ab") as log:
+            program = str(Path(sys.executable).with_name("dask"))
+            return subprocess.Popen(
+                [program, *words], env=kept | settings | environment, stdout=log, stderr=log, cwd=self.folder
+            )
+
+    def start(self) -> None:
+        place = ("--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
+        self.scheduler = self._dask("scheduler", *place)
+        await_port(self.port)
+
+    def add(self, **environment: str) -> subprocess.Popen[bytes]:
+        home = self.folder / f"worker{len(self.workers)}"
+        words = ("worker", f"tcp://127.0.0.1:{self.port}", "--nthreads", "1", "--nworkers", "1", "--no-dashboard")
+        given = {"SIEVE_HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
+        self.workers.append(self._dask(*words, "--local-directory", str(home), "--death-timeout", "60", **given))
+        return self.workers[-1]
+
+    def processes(self, nanny: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """The process that trains, below the one that watches it."""
+        return [p for p in psutil.Process(nanny.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+
+    def close(self) -> None:
+        for process in (*self.workers, self.scheduler):
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    cluster = Cluster(folder)
+    yield cluster
+    cluster.close()
+
+
+def test_a_cluster_gives_the_same_values(home: Home, cluster: Cluster, quick: Spec) -> None:
+    """Three workers elsewhere, without credentials, give what local ones do, bit for bit."""
+    for _ in range(3):
+        cluster.add()
+    launch(quick(), home("local"), workers=2)
+    launch(quick(), home("dask", SIEVE_EXECUTOR=cluster.address))
+    assert values(home("dask")) == values(home("local"))
+
+
+def test_workers_may_die_and_come(home: Home, cluster: Cluster, quick: Spec) -> None:
+    """One worker is killed in its slice, a whole host is, and another joins: the values stay undisturbed."""
+    spec = quick(**slow(base={"batch_size": 5, "epochs": 60, "hidden_sizes": [60]}))
+    launch(spec, home("local"), workers=2)
+    first, second = cluster.add(), cluster.add()
+
+    def disturb() -> None:
+        time.sleep(2.5)
+        for process in cluster.processes(first):
+            process.kill()
+        cluster.add()
+        time.sleep(2.5)
+        for process in [*cluster.processes(second), psutil.Process(second.pid)]:
+            process.kill()
+
+    disturber = threading.Thread(target=disturb)
+    launch(spec, home("dask", SIEVE_EXECUTOR=cluster.address), started=lambda runner: disturber.start())
+    disturber.join()
+    assert values(home("dask")) == values(home("local"))
+
+
+def test_a_study_waits_for_workers_and_for_its_scheduler(home: Home, cluster: Cluster, quick: Spec) -> None:
+    """With no worker it waits; a scheduler that dies and comes back, with new workers, costs a slice at most."""
+    spec = quick(**slow(base={"batch_size": 5, "epochs": 30, "hidden_sizes": [60]}))
+    launch(spec, home("local"), workers=2)
+    said: list[str] = []
+    disturbed: list[Future[None]] = []
+
+    def disturb(runner: run.Runner) -> None:
+        time.sleep(1.5)
+        gone = cluster.add()
+        while not runner.flying:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        cluster.scheduler.kill()
+        cluster.scheduler.wait()
+        cluster.start()
+        cluster.add()
+        gone.wait(30)
+
+    settings = home("dask", SIEVE_EXECUTOR=cluster.address)
+    disturber = ThreadPoolExecutor(1)
+    launch(spec, settings, warn=said.append, started=lambda runner: disturbed.append(disturber.submit(disturb, runner)))
+    disturbed[0].result()
+    assert any("no worker" in line for line in said)
+    assert values(settings) == values(home("local"))
+
+
+def test_a_slot_that_kills_three_workers_fails_alone(home: Home, cluster: Cluster, quick: Spec) -> None:
+    """The slot that kills whoever trains it fails with that reason; its company, and the rest, is done."""
+    points = [{"eta": eta} for eta in (0.1, 0.2, 0.3, 0.4)]
+    spec = quick(search={"method": "list", "settings": points}, space={}, confirm=False)
+    for _ in range(2):
+        cluster.add(SIEVE_FAILPOINT="eta=0.3")
+    settings = home("dask", SIEVE_EXECUTOR=cluster.address)
+    outcome = launch(spec, settings)
+    attempts = {a.params["eta"]: a for a in run.stored("quick", settings).attempts()}
+    assert {eta: a.state.name for eta, a in attempts.items()} == {
+        0.1: "COMPLETE",
+        0.2: "COMPLETE",
+        0.3: "FAIL",
+        0.4: "COMPLETE",
+    }
+    assert "its worker died 3 times" in attempts[0.3].attrs["reason"]
+    assert outcome.failed == 1
+
+
+def test_each_host_opens_its_own_copy_and_vouches_for_it(
+    home: Home, cluster: Cluster, quick: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker finds the file in its own data folder; a host with other data stops the study, and is named."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((60, 5), dtype=np.float32), rng.integers(0, 3, 60)
+    for name, pixels in (("here", x), ("same", x), ("other", x + 1)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "own.npz", x=pixels, y=y)
+    monkeypatch.chdir(tmp_path / "here")  # where the workers are not
+    spec = quick(
+        dataset={"name": "npz", "path": "own.npz", "validation": 10, "test": 10},
+        base={"batch_size": 10, "epochs": 2},
+        search={"method": "random", "trials": 2},
+        confirm=False,
+    )
+    good = cluster.add(SIEVE_DATA_DIR=str(tmp_path / "same"))
+    launch(spec, home("good", SIEVE_EXECUTOR=cluster.address))
+    for process in [*cluster.processes(good), psutil.Process(good.pid)]:
+        process.kill()
+    cluster.add(SIEVE_DATA_DIR=str(tmp_path / "other"))
+    settings = home("bad", SIEVE_EXECUTOR=cluster.address)
+    with pytest.raises(DataError, match=r"worker .*: its copy of npz is another one"):
+        launch(spec, settings)
+    assert {a.state.name for a in run.stored("quick", settings).attempts()} == {"RUNNING"}
+
+
+def test_no_scheduler_is_said_at_once(home: Home, quick: Spec) -> None:
+    """An address where nothing answers is a wrong setting, named with what to do."""
+    settings = home("dask", SIEVE_EXECUTOR=f"dask://127.0.0.1:{free_port()}")
+    with pytest.raises(SettingsError, match="no Dask scheduler answers"):
+        launch(quick(), settings)

@@ -1,0 +1,184 @@
+"""PostgreSQL as the storage: the same values, and no slot lost or done twice whatever happens to the server."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from search import run
+from search.errors import SettingsError, StorageLost, StudyBusy
+from search.plan import Proposal, Slot
+from search.settings import Settings
+from search.storage import StudyRecord, open_storage, owned, register
+from search.study import StudySpec
+from tests.stack.conftest import PASSWORD, Postgres, execute, free_port
+from tests.test_run import slow, values
+
+pytestmark = pytest.mark.stack
+
+Spec = Callable[..., StudySpec]
+Home = Callable[..., Settings]
+launch = partial(run.launch, publish=False, workers=2)
+
+
+def test_a_study_has_one_owner(storage: str) -> None:
+    """On either database a second owner is refused, another study is not, and the end of the first frees it."""
+    open_storage(storage)
+    with owned(storage, "a"):
+        with pytest.raises(StudyBusy, match="'a' is being run"), owned(storage, "a"):
+            pass
+        with owned(storage, "b"):
+            pass
+    with owned(storage, "a"):
+        pass
+
+
+def test_twenty_that_start_at_once_have_one_winner(storage: str) -> None:
+    """Of many that want a study at the same moment exactly one gets it."""
+    open_storage(storage)
+    barrier, held = threading.Barrier(8), threading.Barrier(8)
+
+    def contend(_: int) -> bool:
+        barrier.wait()
+        try:
+            with owned(storage, "a"):
+                held.wait()
+                return True
+        except StudyBusy:
+            held.wait()
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(contend, range(8))) == 1
+
+
+def test_processes_that_start_together_make_the_tables_once(storage: str) -> None:
+    """Eight that open an empty database at once all succeed."""
+    with ThreadPoolExecutor(8) as pool:
+        opened = list(pool.map(open_storage, [storage] * 8))
+    assert all(isinstance(one, RDBStorage) for one in opened)
+
+
+def test_a_study_has_the_same_values_on_either_database(
+    home: Home, new_database: Callable[[], str], quick: Spec
+) -> None:
+    """Every trial's parameters, curve and results are those of the same study on SQLite, bit for bit."""
+    embedded, server = home("embedded"), home("server", SIEVE_STORAGE=new_database())
+    launch(quick(), embedded)
+    launch(quick(), server)
+    assert values(server) == values(embedded)
+
+
+def test_a_killed_server_loses_and_repeats_nothing(home: Home, own_postgres: Postgres, quick: Spec) -> None:
+    """The server is killed and comes back twice while a study runs: it ends with undisturbed values."""
+    calm, settings = home("calm"), home("home", SIEVE_STORAGE=own_postgres.url)
+    spec = quick(**slow(base={"batch_size": 5, "epochs": 40, "hidden_sizes": [60]}, search=SIX))
+    launch(spec, calm)
+    said: list[str] = []
+
+    def disturb() -> None:
+        for _ in range(2):
+            time.sleep(1.5)
+            own_postgres.kill()
+            time.sleep(1.0)
+            own_postgres.start()
+
+    disturber = threading.Thread(target=disturb)
+    launch(spec, settings, warn=said.append, started=lambda runner: disturber.start())
+    disturber.join()
+    assert values(settings) == values(calm)
+    assert all(len(tries) == 1 for tries in values(settings).values())
+    assert any("does not answer" in line for line in said)
+    assert PASSWORD not in "".join(said)
+
+
+SIX = {"method": "random", "trials": 6}
+
+
+def test_cut_connections_are_made_again(home: Home, new_database: Callable[[], str], quick: Spec) -> None:
+    """All connections of a running study, its lock's among them, are cut every 0.4 s: values stay undisturbed."""
+    calm, settings = home("calm"), home("home", SIEVE_STORAGE=new_database())
+    spec = quick(**slow(base={"batch_size": 5, "epochs": 40, "hidden_sizes": [60]}, search=SIX))
+    launch(spec, calm)
+    over = threading.Event()
+    cut = 0
+
+    def disturb() -> None:
+        nonlocal cut
+        while not over.wait(0.4):
+            name = settings.storage.rpartition("/")[2]
+            cut += len(execute(settings.storage.replace(name, "postgres"), CUT.format(name=name)))
+
+    disturber = threading.Thread(target=disturb)
+    try:
+        launch(spec, settings, started=lambda runner: disturber.start())
+    finally:
+        over.set()
+        disturber.join()
+    assert cut > 4
+    assert values(settings) == values(calm)
+
+
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+
+
+def test_an_owner_that_lost_its_lock_to_another_stops(new_database: Callable[[], str], quick: Spec) -> None:
+    """If another runner took the study while the connection was cut, the first one writes no more."""
+    url = new_database()
+    storage = open_storage(url)
+    with owned(url, "quick") as still_owned:
+        record = register(storage, quick(), still_owned, patience=30)
+        record.set_attr("state", "running")
+        name = url.rpartition("/")[2]
+        execute(url.replace(name, "postgres"), CUT.format(name=name))
+        with owned(url, "quick"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("search.storage.RETAKE_SECONDS", 0.2)
+            with pytest.raises(StudyBusy):
+                record.set_attr("state", "mine")
+        record.set_attr("state", "mine again")
+        assert StudyRecord(storage, "quick").attrs["state"] == "mine again"
+
+
+def test_a_trial_whose_reply_was_lost_is_not_made_twice(
+    new_database: Callable[[], str], quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server commits a new trial and dies before it says so: the next try finds it."""
+    url = new_database()
+    storage = open_storage(url)
+    record = register(storage, quick(), patience=30)
+    create, calls = storage.create_new_trial, 0
+
+    def commits_and_dies(*args: object, **kwargs: object) -> int:
+        nonlocal calls
+        calls += 1
+        trial_id = create(*args, **kwargs)  # type: ignore[arg-type]
+        if calls == 1:
+            raise StorageLost("gone")
+        return trial_id
+
+    monkeypatch.setattr(storage, "create_new_trial", commits_and_dies)
+    trial_id, number = record.begin(Proposal(Slot(0, 0, 0), {}, "coarse", {}), 1, {})
+    assert (number, len(record.attempts())) == (0, 1)
+    monkeypatch.undo()
+    for _ in range(2):  # the second time as if the first reply was lost
+        record.finish(trial_id, TrialState.COMPLETE, 0.5, {"epochs": 1.0})
+    assert record.attempts()[0].value == 0.5
+
+
+def test_what_can_not_be_opened_is_said_in_one_line_without_the_password(server_url: str) -> None:
+    """No server, no database, a wrong password, no such driver: each names the storage and hides the password."""
+    nowhere = f"postgresql+psycopg://sieve:{PASSWORD}@127.0.0.1:{free_port()}/x"
+    missing = server_url.rpartition("/")[0] + "/missing"
+    wrong = server_url.replace(":" + server_url.split(":")[2].split("@")[0] + "@", f":{PASSWORD}2@")
+    for url, match in ((nowhere, "refused"), (missing, "missing"), (wrong, "password authentication failed")):
+        with pytest.raises(StorageLost, match=match) as caught:
+            open_storage(url)
+        assert PASSWORD not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(SettingsError, match=r"pip install 'sieve\[postgres\]'"):
+        open_storage(f"postgresql+pg8000://sieve:{PASSWORD}@127.0.0.1/x")
