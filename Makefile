@@ -28,6 +28,7 @@ lint: install
 	$(BIN)/lint-imports
 bench: install # speed, beside PyTorch and scikit-learn where they are installed; what tracking costs
 	$(BIN)/python tests/bench/bench_train.py
+	$(BIN)/python tests/bench/bench_service.py
 	$(BIN)/python tests/bench/bench_tracking.py
 bench-search: install # regret, beside Optuna's samplers
 	$(BIN)/python tests/bench/bench_search.py

@@ -48,6 +48,10 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
 def _show_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
@@ -163,7 +167,7 @@ def status(
         from search import run, serve, show
 
         settings = Settings.from_environment()
-        rows = serve.follow(settings, study, typer.echo) if follow else run.standing(settings, study)
+        rows = serve.follow(settings, study, _say) if follow else run.standing(settings, study)
         _show_json(rows) if as_json else show.show_standing(rows)
 
 

@@ -22,6 +22,7 @@ Box = tuple[float, float, float, float]  # x low, x high, y low, y high
 
 MAX_UNITS = 100
 LOUDEST = 4.0
+RUN_LENGTHS = 3  # zlib's Z_RLE: on these pictures faster than its default, and not larger
 TILE = 64  # small images are enlarged to about this many pixels
 GAP = 2
 BACKGROUND = (255, 255, 255)
@@ -155,7 +156,7 @@ def thumbnail(image: Image.Image, largest: int = 320) -> bytes:
 def png(picture: "Image.Image | Figure") -> bytes:
     buffer = io.BytesIO()
     if isinstance(picture, Image.Image):
-        picture.save(buffer, "PNG", compress_level=1)
+        picture.save(buffer, "PNG", compress_level=1, compress_type=RUN_LENGTHS)
     else:
         picture.savefig(buffer, format="png", dpi=100, pil_kwargs={"compress_level": 1})
     return buffer.getvalue()

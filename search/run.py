@@ -812,7 +812,15 @@ def publishing(box: Outbox, study: str, settings: Settings) -> Iterator[None]:
     command = [sys.executable, "-c", "from search.cli import app; app()", "sync", "--follow", str(os.getpid())]
     addresses = {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": settings.tracking_uri}
     addresses |= {"SIEVE_MLFLOW_UI": settings.mlflow_ui, "SIEVE_DASHBOARD_UI": settings.dashboard_ui}
-    publisher = subprocess.Popen(command, env=os.environ | addresses, stdin=subprocess.DEVNULL, start_new_session=True)
+    with (settings.home / "publisher.log").open("ab") as log:
+        publisher = subprocess.Popen(
+            command,
+            env=os.environ | addresses,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     patience = HURRY_SECONDS
     try:
         yield

@@ -12,7 +12,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -109,7 +109,8 @@ def _open_sqlite(url: str) -> RDBStorage:
 
 def artifacts(folder: Path) -> FileSystemArtifactStore:
     """What the dashboard takes the pictures of trials from."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # it may only read there, and the publisher makes it as well
+        folder.mkdir(parents=True, exist_ok=True)
     return FileSystemArtifactStore(folder)
 
 

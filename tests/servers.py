@@ -97,7 +97,7 @@ def proxy(port: int, rule: Rule, *, latency: float = 0.0, rate: float | None = N
                 if what == "pass":
                     writer.write(reply)
             await writer.drain()
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.close()

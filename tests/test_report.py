@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.trial import TrialState
+from typer.testing import CliRunner
 
 from search import report, run, study
+from search.cli import app
 from search.errors import UnknownStudy
 from search.outbox import Outbox
 from search.plan import Result, Slot
@@ -329,6 +331,17 @@ def test_the_note_in_the_dashboard_sums_the_study_up(settings: Settings, quick: 
     stored = run.stored("quick", settings)
     attrs = stored.storage.get_study_system_attrs(stored.study_id)
     assert attrs["dashboard:note_str:0"].startswith("**val_accuracy")
+
+
+def test_the_command_writes_into_a_folder_of_its_own(settings: Settings, quick: Spec, tmp_path: Path) -> None:
+    """Where it is told, or below reports/ at home, and it says so; an unknown study is exit code 2."""
+    run.launch(quick(search={"method": "random", "trials": 2}, confirm=False), settings, workers=1, publish=False)
+    environment = {"SIEVE_HOME": str(settings.home)}
+    for words, folder in ([], settings.home / "reports" / "quick"), (["--out", f"{tmp_path}/out"], tmp_path / "out"):
+        done = CliRunner().invoke(app, ["report", "quick", *words], env=environment)
+        assert done.output == f"wrote {folder}/report.html\nwrote {folder}/trials.csv\n"
+        assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert CliRunner().invoke(app, ["report", "quack"], env=environment).exit_code == 2
 
 
 def test_an_unknown_study_makes_nothing(settings: Settings, tmp_path: Path) -> None:

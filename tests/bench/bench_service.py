@@ -1,6 +1,6 @@
 """Where the CPU time of a whole study goes: 32 mixed trials on CIFAR-10, runner, workers and publisher together.
 
-    python tests/bench/bench_service.py [--trials 32] [--epochs 40]
+python tests/bench/bench_service.py [--trials 32] [--epochs 40]
 """
 
 import argparse

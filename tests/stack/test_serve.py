@@ -1,6 +1,7 @@
 """`sieve serve`: registered studies are run once, in their order, by however many services, across their deaths."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,24 @@ Spec = Callable[..., StudySpec]
 Home = Callable[..., Settings]
 
 
+@pytest.fixture
+def home(home: Home, new_mlflow: Path) -> Home:
+    """Homes whose MLflow database is ready."""
+
+    def make(*words: str, **given: str) -> Settings:
+        settings = home(*words, **given)
+        settings.home.mkdir(exist_ok=True)
+        shutil.copy(new_mlflow, settings.home / "mlflow.db")
+        return settings
+
+    return make
+
+
 def service(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
-    """`sieve serve` in a process of its own, on a home whose MLflow is never there."""
+    """`sieve serve` in a process of its own."""
     environment = os.environ | {
         "SIEVE_HOME": str(settings.home),
         "SIEVE_STORAGE": settings.storage,
-        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, "-c", "from search.cli import app; app()", "serve", "--workers", "1"]
@@ -56,7 +69,6 @@ def test_two_services_share_studies_and_a_death_costs_nothing(
     """Three studies, two services, one of which is killed: each is done once, with undisturbed values."""
     settings = home("service", SIEVE_STORAGE=new_database())
     specs = [quick(**small("a")), quick(**slow(name="b")), quick(**small("c"))]
-    settings.home.mkdir()
     for spec in specs:
         assert "waits for `sieve serve`" in serve.enqueue(spec, settings)
         run.launch(spec, home("calm"), workers=1, publish=False)
@@ -85,7 +97,6 @@ def test_two_services_share_studies_and_a_death_costs_nothing(
 def test_a_service_that_ends_leaves_its_study_to_the_next(home: Home, quick: Spec, tmp_path: Path) -> None:
     """SIGTERM saves what runs within ten seconds and queues the study; a stopped study is left alone."""
     settings, log = home(), tmp_path / "log"
-    settings.home.mkdir()
     serve.enqueue(quick(**slow(name="long")), settings)
     serve.enqueue(quick(**small("unwanted")), settings)
     assert "does not wait" in run.request("unwanted", "stop", settings)
@@ -108,7 +119,6 @@ def test_a_service_that_ends_leaves_its_study_to_the_next(home: Home, quick: Spe
 def test_a_study_that_cannot_run_does_not_hold_up_the_others(home: Home, quick: Spec, tmp_path: Path) -> None:
     """A study without data is marked as failed with the reason, and the next one is run."""
     settings = home()
-    settings.home.mkdir()
     dataset = {"name": "npz", "path": "/nowhere/own.npz", "validation": 10}
     serve.enqueue(quick(**small("bad", dataset=dataset)), settings)
     serve.enqueue(quick(**small("good")), settings)
@@ -124,7 +134,6 @@ def test_a_study_that_cannot_run_does_not_hold_up_the_others(home: Home, quick: 
 def test_a_study_is_registered_once(home: Home, quick: Spec) -> None:
     """Registering the same study again is fine, another one under its name is a conflict."""
     settings = home()
-    settings.home.mkdir()
     serve.enqueue(quick(**small("a")), settings)
     serve.enqueue(quick(**small("a")), settings)
     with pytest.raises(StudyConflict):

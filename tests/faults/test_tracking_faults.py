@@ -1,0 +1,198 @@
+"""What training notices of a tracking server that is dead, hung or slow: nothing; and what is lost: nothing."""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from search import run, tracking
+from search.outbox import Outbox, progress_points
+from search.settings import Settings
+from search.study import restore
+from tests.conftest import QUICK
+from tests.servers import Server, free_port, proxy, rule, until
+from tests.test_tracking import OLD_LOADER, begun, everything, files, points, put, runs, trial
+
+STALL = 0.050  # seconds that tracking may take between a slice's end and the next slice
+LONG: dict[str, Any] = {
+    "dataset": {"name": "digits", "train": 1000, "validation": 100, "test": 100},
+    "base": {"batch_size": 5, "epochs": 80},
+    "space": {"eta": {"low": 1e-4, "high": 1e-2, "log": True}, "hidden_sizes": [[60]]},
+    "search": {"method": "random", "trials": 3},
+    "confirm": False,
+}
+
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(f"{OLD_LOADER}:sqlalchemy.exc.SADeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, new_mlflow: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(new_mlflow, folder / "server.db")
+    server = Server(folder, free_port())
+    server.start()
+    yield server
+    server.kill()
+
+
+def sieve(settings: Settings, *words: str) -> subprocess.Popen[str]:
+    """The command in a process of its own; it gives up waiting for the publisher after a second, not twenty."""
+    code = "from search import run; run.PUBLISHER_SECONDS = 1; from search.cli import app; app()"
+    addresses = {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": settings.tracking_uri}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words], env=os.environ | addresses, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(QUICK))
+    return path
+
+
+def unsent(settings: Settings) -> int:
+    with Outbox(settings.outbox) as box:
+        return box.unsent()
+
+
+@pytest.mark.parametrize("how", ["dead", "hung", "slow"])
+def test_training_does_not_wait_for_tracking(
+    settings: Settings, server: Server, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, never answered, or 200 ms and 10 kB/s: putting a slice's records away takes as long as ever."""
+    spent: list[float] = []
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*given: Any) -> Any:
+            begun = time.perf_counter()
+            result = call(*given)
+            spent.append(time.perf_counter() - begun)
+            return result
+
+        return wrapper
+
+    monkeypatch.setattr(Outbox, "put", timed(Outbox.put))
+    monkeypatch.setattr(Outbox, "links", timed(Outbox.links))  # read for the dashboard's notes
+    monkeypatch.setattr(run, "SLICE_SECONDS", 0.1)
+    monkeypatch.setattr(run, "FIRST_RATE", 1e8)
+    monkeypatch.setattr(run, "PUBLISHER_SECONDS", 0.0)
+    slow = {"latency": 0.2, "rate": 10_000.0} if how == "slow" else {}
+    with proxy(server.port, rule(api="hang") if how == "hung" else rule(), **slow) as address:
+        away = address if how != "dead" else f"http://127.0.0.1:{free_port()}"
+        found = run.launch(restore(QUICK | LONG | {"name": how}), replace(settings, tracking_uri=away), workers=1)
+    worst, usual = max(spent), statistics.median(spent)
+    print(f"{how}: {len(spent)} calls, {1000 * usual:.1f} ms usually, {1000 * worst:.1f} ms at worst")
+    assert found.unsent > 0  # the fault was there to the end
+    assert len(spent) > 20
+    assert statistics.quantiles(spent, n=20)[-1] < STALL
+    assert worst < 1  # one wait for the disk of a busy machine, where a wait for the server would be ten seconds
+    tracking.publish(replace(settings, tracking_uri=server.uri))
+    assert [r.info.status for r in runs(server.uri, how)] == ["FINISHED"] * 3
+
+
+def test_a_server_that_never_comes_back_costs_a_warning(
+    settings: Settings, file: Path, new_home: Callable[[str], Settings]
+) -> None:
+    """The study completes with exit code 0 and says how many records wait and what sends them; later it does."""
+    away = replace(settings, tracking_uri=f"http://127.0.0.1:{free_port()}")
+    _, said = (launched := sieve(away, "launch", str(file))).communicate(timeout=120)
+    left = unsent(settings)
+    print(f"{left} records left")
+    assert launched.returncode == 0, said
+    assert left >= 16 * 4  # each trial's beginning, curve, picture and end
+    assert f"warning: {left} tracking records are not sent yet; `sieve sync` sends them" in said
+    back = replace(settings, tracking_uri=new_home("back").tracking_uri)
+    out, said = (synced := sieve(back, "sync")).communicate(timeout=120)
+    assert (synced.returncode, out) == (0, "everything is sent\n"), said
+    assert [r.info.status for r in runs(back.tracking_uri, "quick")] == ["FINISHED"] * 16
+    (summary,) = runs(back.tracking_uri, "quick", kind="summary")
+    assert files(back.tracking_uri, summary.info.run_id) == ["report.html", "summary.json"]
+
+
+def test_what_a_killed_runner_had_not_sent_arrives_later(
+    settings: Settings, tmp_path: Path, new_home: Callable[[str], Settings]
+) -> None:
+    """Killed after trials were told and before anything was sent: each has one run with every point it had recorded."""
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(QUICK | LONG | {"base": {"batch_size": 5, "epochs": 40}}))
+    away = replace(settings, tracking_uri=f"http://127.0.0.1:{free_port()}")
+    launched = sieve(away, "launch", str(path), "--workers", "1")
+
+    def recorded_trials() -> int:
+        with Outbox(settings.outbox) as box:
+            ended = [f"quick/s0.i{i}.r0/1" for i in range(3)]
+            return sum(bool(box.records(uid, "trial_progress")) for uid in ended)
+
+    until(lambda: recorded_trials() >= 1)
+    for process in [psutil.Process(launched.pid), *psutil.Process(launched.pid).children(recursive=True)]:
+        process.kill()  # runner, workers and publisher at once, as when the machine goes down
+    launched.communicate()
+    waiting = unsent(settings)
+    back = replace(settings, tracking_uri=new_home("back").tracking_uri)
+    _, said = (resumed := sieve(back, "launch", str(path), "--workers", "1")).communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    tracking.publish(back)
+    found = runs(back.tracking_uri, "quick")
+    print(f"{waiting} records waited at the kill; {len(found)} runs for 3 trials")
+    assert [r.data.tags["slot"] for r in found] == [f"s0.i{i}.r0" for i in range(3)]
+    with Outbox(settings.outbox) as box:
+        for r in found:
+            recorded = [step for step, _, _ in progress_points(box.records(r.data.tags["sieve.uid"]))]
+            assert recorded == list(range(1, 41))
+            assert [step for step, _, _ in points(back.tracking_uri, r.info.run_id, "loss/val")] == recorded
+
+
+def test_a_slow_line_only_takes_longer(settings: Settings, server: Server) -> None:
+    """Over 200 ms and 10 kB/s one trial arrives whole, its end last."""
+    put(settings, begun("line"), *trial(0, "line"))
+    requests: list[str] = []
+
+    def listen(request: str) -> str:
+        requests.append(request.rpartition(" ")[0])
+        return "pass"
+
+    since = time.monotonic()
+    with proxy(server.port, listen, latency=0.2, rate=10_000) as address:
+        assert tracking.publish(replace(settings, tracking_uri=address)) == 0
+    print(f"{len(requests)} requests in {time.monotonic() - since:.1f} s")
+    (found,) = runs(server.uri, "line")
+    assert found.info.status == "FINISHED"
+    assert len(points(server.uri, found.info.run_id, "loss/val")) == 4
+    assert "weights.npz" in files(server.uri, found.info.run_id)
+    changes = [r for r in requests if r.startswith(("POST", "PUT", "PATCH")) and "search" not in r]
+    assert changes[-1] == "POST /api/2.0/mlflow/runs/update"
+
+
+def test_a_point_that_comes_late_leaves_the_status_alone(
+    settings: Settings, new_home: Callable[[str], Settings]
+) -> None:
+    """A finished run takes the rest of its curve and keeps status and end time; three passes are as good as one."""
+    home = new_home("late")
+    first, *between, last = trial(0)
+    late = [r for r in between if r.kind == "trial_progress"][-1]
+    put(home, begun(), first, *[r for r in between if r is not late], last)
+    assert tracking.publish(home) == 0
+    (before,) = everything(home.tracking_uri)
+    put(home, late)
+    for _ in range(3):
+        assert tracking.publish(home) == 0
+        (after,) = everything(home.tracking_uri)
+        assert after[:2] == before[:2]
+        assert [step for step, _, _ in after[4]["loss/val"]] == [1, 2, 3, 4]
+        tracking.redo(home)
