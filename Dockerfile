@@ -13,10 +13,10 @@ RUN python3 -m venv /opt/sieve && /opt/sieve/bin/pip install -c /src/constraints
 FROM ${PYTHON}
 RUN groupadd --gid 10001 sieve \
     && useradd --uid 10001 --gid 10001 --home-dir /home/sieve --create-home --shell /usr/sbin/nologin sieve \
-    && install -d -o sieve -g sieve /var/lib/sieve /var/lib/mlflow /work
+    && install -d -o sieve -g sieve /var/lib/sieve /var/lib/mlflow /srv/sieve
 COPY --from=build /opt/sieve /opt/sieve
 ENV PATH=/opt/sieve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/home/sieve \
     SIEVE_HOME=/var/lib/sieve OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MPLCONFIGDIR=/tmp/matplotlib
 USER 10001:10001
-WORKDIR /work
+WORKDIR /srv/sieve
 CMD ["sieve", "--help"]

@@ -120,7 +120,7 @@ def test_cut_connections_are_made_again(home: Home, new_database: Callable[[], s
     finally:
         over.set()
         disturber.join()
-    assert cut > 4
+    assert cut >= 2
     assert values(settings) == values(calm)
 
 
