@@ -59,6 +59,9 @@ def await_states(settings: Settings, wanted: dict[str, str], timeout: float = 90
     raise AssertionError(rows)
 
 
+LONG = slow(base={"batch_size": 5, "epochs": 60, "hidden_sizes": [60]}, search={"method": "random", "trials": 3})
+
+
 def small(name: str, **parts: object) -> dict[str, object]:
     return {"name": name, "search": {"method": "random", "trials": 3}, "confirm": False} | parts
 
@@ -68,7 +71,7 @@ def test_two_services_share_studies_and_a_death_costs_nothing(
 ) -> None:
     """Three studies, two services, one of which is killed: each is done once, with undisturbed values."""
     settings = home("service", SIEVE_STORAGE=new_database())
-    specs = [quick(**small("a")), quick(**slow(name="b")), quick(**small("c"))]
+    specs = [quick(**small("a")), quick(**LONG, name="b"), quick(**small("c"))]
     for spec in specs:
         assert "waits for `sieve serve`" in serve.enqueue(spec, settings)
         run.launch(spec, home("calm"), workers=1, publish=False)
@@ -97,7 +100,7 @@ def test_two_services_share_studies_and_a_death_costs_nothing(
 def test_a_service_that_ends_leaves_its_study_to_the_next(home: Home, quick: Spec, tmp_path: Path) -> None:
     """SIGTERM saves what runs within ten seconds and queues the study; a stopped study is left alone."""
     settings, log = home(), tmp_path / "log"
-    serve.enqueue(quick(**slow(name="long")), settings)
+    serve.enqueue(quick(**LONG, name="long"), settings)
     serve.enqueue(quick(**small("unwanted")), settings)
     assert "does not wait" in run.request("unwanted", "stop", settings)
     process = service(settings, log)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 from optuna.storages import RDBStorage
@@ -15,7 +16,8 @@ from search.errors import SettingsError, StorageLost, StudyBusy
 from search.plan import Proposal, Slot
 from search.settings import Settings
 from search.storage import StudyRecord, open_storage, owned, register
-from search.study import StudySpec
+from search.study import StudySpec, restore
+from tests.conftest import QUICK
 from tests.stack.conftest import PASSWORD, Postgres, execute, free_port
 from tests.test_run import slow, values
 
@@ -69,16 +71,28 @@ def test_a_study_has_the_same_values_on_either_database(
 ) -> None:
     """Every trial's parameters, curve and results are those of the same study on SQLite, bit for bit."""
     embedded, server = home("embedded"), home("server", SIEVE_STORAGE=new_database())
-    launch(quick(), embedded)
-    launch(quick(), server)
+    spec = quick(search={"method": "coarse-to-fine", "stages": 2, "trials_per_stage": 3}, confirm=False)
+    launch(spec, embedded)
+    launch(spec, server)
     assert values(server) == values(embedded)
 
 
-def test_a_killed_server_loses_and_repeats_nothing(home: Home, own_postgres: Postgres, quick: Spec) -> None:
+SIX = slow(base={"batch_size": 5, "epochs": 30, "hidden_sizes": [60]}, search={"method": "random", "trials": 6})
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The values of SIX when nothing happens."""
+    settings = Settings.from_environment({"SIEVE_HOME": str(tmp_path_factory.mktemp("calm"))})
+    launch(restore(QUICK | SIX), settings)
+    return values(settings)
+
+
+def test_a_killed_server_loses_and_repeats_nothing(
+    home: Home, own_postgres: Postgres, quick: Spec, calm: dict[Any, Any]
+) -> None:
     """The server is killed and comes back twice while a study runs: it ends with undisturbed values."""
-    calm, settings = home("calm"), home("home", SIEVE_STORAGE=own_postgres.url)
-    spec = quick(**slow(base={"batch_size": 5, "epochs": 40, "hidden_sizes": [60]}, search=SIX))
-    launch(spec, calm)
+    settings, spec = home(SIEVE_STORAGE=own_postgres.url), quick(**SIX)
     said: list[str] = []
 
     def disturb() -> None:
@@ -91,20 +105,17 @@ def test_a_killed_server_loses_and_repeats_nothing(home: Home, own_postgres: Pos
     disturber = threading.Thread(target=disturb)
     launch(spec, settings, warn=said.append, started=lambda runner: disturber.start())
     disturber.join()
-    assert values(settings) == values(calm)
+    assert values(settings) == calm
     assert all(len(tries) == 1 for tries in values(settings).values())
     assert any("does not answer" in line for line in said)
     assert PASSWORD not in "".join(said)
 
 
-SIX = {"method": "random", "trials": 6}
-
-
-def test_cut_connections_are_made_again(home: Home, new_database: Callable[[], str], quick: Spec) -> None:
+def test_cut_connections_are_made_again(
+    home: Home, new_database: Callable[[], str], quick: Spec, calm: dict[Any, Any]
+) -> None:
     """All connections of a running study, its lock's among them, are cut every 0.4 s: values stay undisturbed."""
-    calm, settings = home("calm"), home("home", SIEVE_STORAGE=new_database())
-    spec = quick(**slow(base={"batch_size": 5, "epochs": 40, "hidden_sizes": [60]}, search=SIX))
-    launch(spec, calm)
+    settings, spec = home(SIEVE_STORAGE=new_database()), quick(**SIX)
     over = threading.Event()
     cut = 0
 
@@ -121,7 +132,7 @@ def test_cut_connections_are_made_again(home: Home, new_database: Callable[[], s
         over.set()
         disturber.join()
     assert cut >= 2
-    assert values(settings) == values(calm)
+    assert values(settings) == calm
 
 
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
