@@ -97,9 +97,11 @@ def test_a_killed_server_loses_and_repeats_nothing(
 
     def disturb() -> None:
         for _ in range(2):
-            time.sleep(1.5)
+            time.sleep(0.3)
             own_postgres.kill()
-            time.sleep(1.0)
+            deadline, before = time.monotonic() + 4, len(said)
+            while len(said) == before and time.monotonic() < deadline:
+                time.sleep(0.1)
             own_postgres.start()
 
     disturber = threading.Thread(target=disturb)
