@@ -8,7 +8,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 unexport OPENBLAS_CORETYPE
 
-.PHONY: install demo ui test lint bench bench-search clean
+.PHONY: install demo ui test faults lint bench bench-search clean
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,6 +21,8 @@ ui: install # MLflow and the Optuna dashboard on what is in mlruns/
 	$(BIN)/sieve ui
 test: install
 	$(BIN)/pytest
+faults: install # everything that can go wrong, the long way; the table goes into docs/reliability.md
+	$(BIN)/pytest -m "fault or long" --figures docs/reliability.md
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -4,13 +4,14 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from core.data import write_atomically
 from core.network import Array, Layers
 from core.train import Evaluation, Progress, State, TrainConfig
+from search.failpoint import failpoint
 
 ARRAYS = ("config", "rng", "layers", "memory")  # the fields of State that JSON does not hold as they are
 
@@ -31,8 +32,13 @@ def save(path: Path, state: State, progress: Progress) -> None:
     for i, layers in enumerate([state.layers, *state.memory]):
         for j, (w, b) in enumerate(layers):
             arrays |= {f"{i}.{j}.w": w, f"{i}.{j}.b": b}
+
+    def write(file: BinaryIO) -> None:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        failpoint("saving")
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+    write_atomically(path, write)
 
 
 def load(path: Path) -> tuple[State, Progress]:

@@ -124,6 +124,13 @@ def open_executor(address: str, workers: int | None) -> tuple[Executor, Callable
     return LocalExecutor(count), lambda: count
 
 
+def advance_here(states: Sequence[State], data: Dataset, epochs: int) -> tuple[list[State], list[Progress]]:
+    """`advance` in a worker."""
+    for state in states:
+        failpoint(f"eta={state.config.eta:g}")
+    return advance(states, data, epochs)
+
+
 # ---- elsewhere
 
 
@@ -210,9 +217,7 @@ def advance_elsewhere(
     states: Sequence[State], dataset: str, digest: str, epochs: int
 ) -> tuple[list[State], list[Progress]]:
     """`advance` on a host of its own: `dataset` is the JSON of a DatasetSpec, `digest` that of its content."""
-    for state in states:
-        failpoint(f"eta={state.config.eta:g}")
-    return advance(states, own_copy(dataset, digest), epochs)
+    return advance_here(states, own_copy(dataset, digest), epochs)
 
 
 @lru_cache(maxsize=8)

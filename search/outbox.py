@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.failpoint import failpoint
+
 Point = tuple[int, float, dict[str, float]]  # step, unix seconds, metrics
 
 SCHEMA = """
@@ -118,6 +120,7 @@ class Outbox:
                     (record.study, record.uid, record.kind, record.seq, record.when,
                      json.dumps(payload, default=_plain), record.blob, last_step),
                 )  # fmt: skip
+            failpoint("putting")
             self._db.execute("COMMIT")
         except BaseException:
             self._db.execute("ROLLBACK")

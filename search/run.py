@@ -37,7 +37,8 @@ from core.train import Progress, State, TrainConfig, advance, may_share, start
 from search import __version__, checkpoint, outbox, plan, prune
 from search.datasets import open_dataset
 from search.errors import DataError, Interrupted, SieveError, StudyFailed, UnknownStudy
-from search.executor import LOST, advance_elsewhere, open_executor
+from search.executor import LOST, advance_elsewhere, advance_here, open_executor
+from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
 from search.samplers import OPTUNA_SAMPLERS, asker
@@ -327,7 +328,7 @@ class Runner:
         epochs = max(1, min(round(SLICE_SECONDS / seconds_per_epoch), *(self._most_epochs(t) for t in trials)))
         states, data = [t.state for t in trials], trials[0].data
         if self.settings.executor == "local":
-            future = self.executor.submit(advance, states, data, epochs)
+            future = self.executor.submit(advance_here, states, data, epochs)
         else:
             dataset = self.spec.dataset_of(trials[0].stage).model_dump_json()
             future = self.executor.submit(advance_elsewhere, states, dataset, data.digest, epochs)
@@ -364,6 +365,7 @@ class Runner:
         self.tries[proposal.slot] += 1
         attempt = self.tries[proposal.slot]
         trial_id, number = self.record.begin(proposal, attempt, self.distributions)
+        failpoint("begun")
         trial = self._prepare(proposal, attempt, trial_id, number)
         self.box.put([self._trial_begun(trial)])
         self.unnoted[trial.uid(self.spec.name)] = trial_id
@@ -375,7 +377,8 @@ class Runner:
         with suppress(OSError, ValueError, KeyError):  # it may have died before its first slice was in
             trial.state, trial.progress = checkpoint.load(self._checkpoint(trial))
         self.box.put([self._trial_begun(trial)])
-        if trial.state.finished:  # it died between the checkpoint and the storage
+        self.record.add_curves({trial.trial_id: self._curve(trial.progress)})  # it may have died before this
+        if trial.state.finished:
             self.box.put([self._ended(trial)])
         self._go_on(trial)
 
@@ -433,13 +436,16 @@ class Runner:
             trial.progress.evaluations += part.evaluations
             trial.progress.test, trial.progress.confusion = part.test, part.confusion
             records += self._shown(trial, part, flight.since, now)
-            curves[trial.trial_id] = [(e.step, self.spec.value([e])) for e in part.evaluations]
+            curves[trial.trial_id] = self._curve(part)
         speed = work / max(now - flight.since, 1e-3)
         self.rate = speed if self.rate == FIRST_RATE else 0.5 * (self.rate + speed)
         self.box.put(records)
+        failpoint("recorded")
         for trial in flight.trials:
             checkpoint.save(self._checkpoint(trial), trial.state, trial.progress)
+        failpoint("saved")
         self.record.add_curves(curves)
+        failpoint("curves")
         for trial in flight.trials:
             self._go_on(trial)
 
@@ -490,6 +496,7 @@ class Runner:
         attrs = self._results(trial) | ({"reason": diverged} if diverged else {})
         image = artifact_id(trial.uid(self.spec.name))
         self.record.finish(trial.trial_id, state, None if diverged else value, attrs, image)
+        failpoint("told")
         settled = Attempt(trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, state, value, attrs)
         self.settled[trial.slot] = settled
         self.states[state] += 1
@@ -519,6 +526,10 @@ class Runner:
         return self.settings.checkpoints / self.spec.name / f"{trial.slot}.{trial.attempt}.npz"
 
     # ---- what is shown
+
+    def _curve(self, progress: Progress) -> list[tuple[int, float]]:
+        """The metric of the study at each step."""
+        return [(e.step, self.spec.value([e])) for e in progress.evaluations]
 
     def _results(self, trial: Trial) -> dict[str, float]:
         evaluations, test = trial.progress.evaluations, trial.progress.test

@@ -28,6 +28,7 @@ from PIL.Image import Image
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from search import figures
+from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id, progress_points, unpack
 from search.settings import Settings
 
@@ -236,6 +237,7 @@ class _Publisher:
                 send(record)
         else:
             self._trial(group)
+        failpoint("sent")
         self.box.mark_sent([record.id for record in group])
         self.failures.pop(group[0].uid, None)
 
@@ -388,6 +390,7 @@ class _Publisher:
         runs = self._active_runs(experiment_id, uid)
         if not runs:
             self.client.create_run(experiment_id, _ms(begun.when), tags | {UID: uid}, name)
+            failpoint("created")
             runs = self._active_runs(experiment_id, uid)
         for twin in runs[1:]:
             self.client.delete_run(twin)
@@ -424,6 +427,7 @@ class _Publisher:
             if begun or picture is not None or ended:
                 tags[NOTE] = self._note(study, uid, run_id, picture, tags.get("reason"))
             self.client.log_batch(run_id, metrics, params, [RunTag(k, v) for k, v in tags.items()])
+            failpoint("logged")
             self.acknowledged |= {record.id for record in by_kind.get("trial_progress", [])}
             if any(folder.iterdir()):
                 self.client.log_artifacts(run_id, name)

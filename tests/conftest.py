@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from search.settings import Settings
 from search.study import StudySpec, restore
+
+if TYPE_CHECKING:
+    from tests.oracle import Verdict
 
 # NumPy's threads and kernel are chosen when it is imported; the Makefile sets the same.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -62,3 +65,46 @@ def settings(tmp_path: Path) -> Settings:
 def quick() -> Callable[..., StudySpec]:
     """A study of seconds; keyword arguments replace parts of it."""
     return lambda **parts: restore(QUICK | parts)
+
+
+# ---- the table of faults
+
+FAULTS = pytest.StashKey[list[list[str]]]()
+HEAD = ("fault", "rounds", "lost", "dup", "ghost", "orphan", "points", "values", "recovery s", "also")
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Enters a fault into the table that ends the test run, and fails unless the oracle is at zero.
+
+    recovery: seconds from the fault, or from its end, until training got on or everything was sent.
+    """
+
+    def enter(fault: str, verdict: "Verdict", rounds: int = 1, recovery: float | None = None, also: str = "") -> None:
+        row = [fault, str(rounds), *map(str, verdict), "" if recovery is None else f"{recovery:.1f}", also]
+        pytestconfig.stash.setdefault(FAULTS, []).append(row)
+        assert not any(verdict), verdict
+
+    return enter
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", metavar="FILE", type=Path, help="write the table of faults into this Markdown file")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = sorted(config.stash.get(FAULTS, []))
+    if not rows:
+        return
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    table = "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [list(HEAD), rule, *rows]
+    )
+    terminalreporter.section("faults")
+    terminalreporter.write_line(table)
+    if file := config.getoption("figures"):
+        before, begin, rest = file.read_text().partition("<!-- faults -->\n")
+        _, end, after = rest.partition("<!-- end of faults -->")
+        file.write_text(f"{before}{begin}{table}\n{end}{after}")

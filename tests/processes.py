@@ -1,0 +1,109 @@
+"""The `sieve` command and what it starts, as real processes that a test may signal, freeze and kill."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from search.settings import Settings
+from tests.conftest import QUICK
+from tests.servers import until
+
+
+def study_file(folder: Path, **parts: Any) -> Path:
+    """QUICK with some parts replaced, as a file."""
+    path = folder / f"{parts.get('name', 'quick')}.yaml"
+    path.write_text(yaml.safe_dump(QUICK | parts))
+    return path
+
+
+def sieve(
+    settings: Settings,
+    *words: str | Path,
+    slices: float | None = None,
+    patience: float | None = None,
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """The command in a session of its own; `slices`: their length in seconds instead of five.
+
+    patience: seconds without getting on that it waits for its publisher.
+    """
+    changes = {"SLICE_SECONDS": slices, "FIRST_RATE": slices and 1e8, "PUBLISHER_SECONDS": patience}
+    code = "from search import run; from search.cli import app; "
+    code += "".join(f"run.{name} = {value}; " for name, value in changes.items() if value is not None)
+    addresses = {
+        "SIEVE_HOME": str(settings.home),
+        "SIEVE_STORAGE": settings.storage,
+        "MLFLOW_TRACKING_URI": settings.tracking_uri,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{code}app()", *map(str, words)],
+        env=os.environ | addresses | environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240.0) -> str:
+    """What the command said on stderr until it ended."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    except subprocess.TimeoutExpired:
+        for one in family(process.pid):
+            one.kill()
+        out, said = process.communicate()
+        raise AssertionError(f"it did not end in {timeout} s; it said:\n{out}{said}") from None
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all below it that live."""
+    with suppress(psutil.NoSuchProcess):
+        runner = psutil.Process(pid)
+        return [p for p in [runner, *runner.children(recursive=True)] if p.is_running() and not is_zombie(p)]
+    return []
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True
+
+
+def _those(pid: int, word: str) -> list[psutil.Process]:
+    found = []
+    for process in family(pid)[1:]:
+        with suppress(psutil.Error):
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def workers(pid: int) -> list[psutil.Process]:
+    return _those(pid, "spawn_main")
+
+
+def publisher(pid: int) -> list[psutil.Process]:
+    return _those(pid, "--follow")
+
+
+def slices(settings: Settings) -> int:
+    """How many slices of trials were recorded so far."""
+    with (
+        suppress(sqlite3.OperationalError),
+        closing(sqlite3.connect(f"file:{settings.outbox}?mode=ro", uri=True)) as db,
+    ):
+        return int(db.execute("SELECT COUNT(*) FROM records WHERE kind = 'trial_progress'").fetchone()[0])
+    return 0
+
+
+def seconds_to_the_next_slice(settings: Settings, process: subprocess.Popen[str]) -> float:
+    """From now until training has got on; the end of the command counts as that."""
+    since, before = time.monotonic(), slices(settings)
+    until(lambda: slices(settings) > before or process.poll() is not None, 120)
+    return time.monotonic() - since
