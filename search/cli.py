@@ -62,12 +62,13 @@ def _show_json(value: Any) -> None:
 @app.command()
 def validate(files: Annotated[list[Path], typer.Argument(help="Study files.", show_default=False)]) -> None:
     """Check study files; one line for each mistake, and exit code 2."""
-    from search import study
+    from search import samplers, study
 
     mistakes = []
     for file in files:
         try:
             spec = study.load(file)
+            samplers.check_packages(spec.search.method, str(file))
             typer.echo(f"{file}: study '{spec.name}' is fine")
         except StudyFileError as error:
             mistakes += error.mistakes

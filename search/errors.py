@@ -51,7 +51,8 @@ class StudyConflict(SieveError):
             [
                 f"study '{self.name}' exists with another specification:",
                 *(f"  {line}" for line in self.differences),
-                "give this one another name, or launch the file as it was to resume it",
+                "give this one another name, or launch the file as it was to resume it;",
+                "only a grid, a list or a random search can be extended, by more points and nothing else",
             ]
         )
 

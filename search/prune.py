@@ -2,9 +2,11 @@
 
 Optuna's pruners compare with whoever is ahead by then, so what they cut depends on timing. At a rung with a
 barrier the decision is taken when the whole stage is there; it is the same for any number of workers.
+Confirm is never cut: its means need every run.
 """
 
 from collections.abc import Mapping
+from statistics import fmean
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
@@ -22,13 +24,14 @@ BARRIER = "a stage waits at each rung: which trials are cut does not depend on t
 def optuna_pruner(spec: StudySpec) -> BasePruner | None:
     """Optuna's pruner that the study asks for; None without one, or with a barrier."""
     pruner = spec.pruner
+    steps = spec.base.get("eval_every") or 1  # of a curve, from one evaluation to the next
     if isinstance(pruner, Median):
-        return MedianPruner(n_startup_trials=pruner.startup, n_warmup_steps=pruner.warmup)
+        return MedianPruner(n_startup_trials=pruner.startup, n_warmup_steps=pruner.warmup * steps)
     if not isinstance(pruner, Halving) or pruner.barrier:
         return None
     if pruner.method == "hyperband":
-        return HyperbandPruner(min_resource=pruner.least, reduction_factor=pruner.reduction)
-    return SuccessiveHalvingPruner(min_resource=pruner.least, reduction_factor=pruner.reduction)
+        return HyperbandPruner(min_resource=pruner.least * steps, reduction_factor=pruner.reduction)
+    return SuccessiveHalvingPruner(min_resource=pruner.least * steps, reduction_factor=pruner.reduction)
 
 
 def is_worse(pruner: BasePruner, storage: BaseStorage, study_name: str, trial_id: int) -> bool:
@@ -46,6 +49,13 @@ def next_rung(pruner: Halving, evaluations: int) -> int:
 
 
 def survivors(scores: Mapping[Slot, float], reduction: int) -> set[Slot]:
-    """The best 1 / reduction of a stage at a rung, one at the least; of equal scores the earlier slot's goes on."""
-    best_first = sorted(scores, key=lambda slot: (-scores[slot], slot))
-    return set(best_first[: max(1, len(scores) // reduction)])
+    """The best 1 / reduction of a stage at a rung, one configuration at the least, with all its repeats.
+
+    The mean over the repeats decides; of equal means the earlier configuration goes on.
+    """
+    repeats: dict[int, list[float]] = {}
+    for slot, score in scores.items():
+        repeats.setdefault(slot.index, []).append(score)
+    best_first = sorted(repeats, key=lambda index: (-fmean(repeats[index]), index))
+    on = set(best_first[: max(1, len(repeats) // reduction)])
+    return {slot for slot in scores if slot.index in on}

@@ -41,7 +41,7 @@ from search.executor import LOST, advance_elsewhere, advance_here, open_executor
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
-from search.samplers import OPTUNA_SAMPLERS, asker
+from search.samplers import OPTUNA_SAMPLERS, asker, check_packages
 from search.settings import Settings
 from search.storage import (
     PATIENCE,
@@ -222,6 +222,7 @@ class Runner:
         self.flying: dict[Future[tuple[list[State], list[Progress]]], Flight] = {}
         self.stopping: str | None = None  # "stop", "cancel", or "later" for a service that goes down
         self.lonely = False  # no worker was there when work was
+        self.limited = False  # a limit keeps slots of the plan from being begun
         self.began = self.asked = self.last_note = clock()
         self.rate = FIRST_RATE
         self.epoch_times: deque[tuple[float, float]] = deque(maxlen=20)  # (when, trial epochs) of recent slices
@@ -282,16 +283,16 @@ class Runner:
         show(self.status())
 
     def _propose(self) -> None:
-        """Ask the plan again, if anything was settled since it was last asked."""
-        if (settled := len(self.settled) + len(self.failed)) == self.proposed_at:
+        """Ask the plan again, if nothing is left to begin and anything was settled since it was last asked."""
+        settled = len(self.settled) + len(self.failed)
+        if self.todo or self.ready or settled == self.proposed_at:
             return
         self.proposed_at = settled
         finished = results(self.spec, self.settled.values(), self.failed)
-        known = self.settled.keys() | self.failed.keys() | {t.slot for t in [*self.ready, *self.waiting]}
-        known |= {t.slot for flight in self.flying.values() for t in flight.trials}
-        if self.spec.limits.minutes is not None and self.clock() - self.began > 60 * self.spec.limits.minutes:
-            return
-        self.todo.extend(p for p in plan.propose(self.spec, finished, self.ask) if p.slot not in known)
+        started = {t.slot: t.params for t in self.waiting}
+        started |= {t.slot: t.params for flight in self.flying.values() for t in flight.trials}
+        known = self.settled.keys() | self.failed.keys() | started.keys()
+        self.todo.extend(p for p in plan.propose(self.spec, finished, self.ask, started) if p.slot not in known)
         stages = [
             {"name": stage.name, "trials": stage.trials, "box": box}
             for stage, box in zip(plan.stages(self.spec), plan.boxes(self.spec, finished), strict=True)
@@ -303,12 +304,13 @@ class Runner:
         idle = self.workers() - len(self.flying)
         if idle <= 0:
             return True
-        if not self.todo and not self.ready:
-            self._propose()
+        self._propose()
+        self._keep_limits()
         self._leave_rungs()
+        self._propose()  # all who waited may have been cut
         room = idle * MOST_COLUMNS - sum(t.columns for t in self.ready)
-        while self.todo and room > 0:
-            trial = self._begin(self.todo.popleft())
+        while room > 0 and (proposal := self._next()):
+            trial = self._begin(proposal)
             self.ready.append(trial)
             room -= trial.columns
         packed = groups(self.ready, idle)
@@ -316,6 +318,26 @@ class Runner:
             self._submit(trials)
         self.ready = [trial for trials in packed[idle:] for trial in trials]
         return bool(self.flying)
+
+    def _next(self) -> Proposal | None:
+        """What to begin next."""
+        self._keep_limits()
+        return self.todo.popleft() if self.todo else None
+
+    def _keep_limits(self) -> None:
+        """Begin no further slot once a limit of the study is reached; an attempt at one that was begun may be."""
+        limits = self.spec.limits
+        if limits.trials is not None and len(self.tries) >= limits.trials:
+            reached = f"limits.trials: {limits.trials}"
+        elif limits.minutes is not None and self.clock() - self.began > 60 * limits.minutes:
+            reached = f"limits.minutes: {limits.minutes:g}"
+        else:
+            return
+        allowed = deque(proposal for proposal in self.todo if proposal.slot in self.tries)
+        if len(allowed) < len(self.todo) and not self.limited:
+            self.limited = True
+            self.warn(f"{reached} is reached, no further trial begins; launch with a higher limit to go on")
+        self.todo = allowed
 
     def _await_workers(self) -> None:
         if not self.lonely:
@@ -347,7 +369,7 @@ class Runner:
     @property
     def done(self) -> bool:
         """Whether `run` came to the end of the plan."""
-        return not (self.stopping or self.flying or self.ready or self.waiting or self.todo)
+        return not (self.stopping or self.limited or self.flying or self.ready or self.waiting or self.todo)
 
     # ---- a trial's beginning
 
@@ -386,6 +408,8 @@ class Runner:
         """The scores at rungs of trials that are settled: the others are measured against them."""
         sign = 1 if self.spec.maximise else -1
         for slot, attempt in self.settled.items():
+            if attempt.attrs["stage"] == "confirm":
+                continue
             curve = self.record.curve(attempt.trial_id)
             self._note_rungs(rungs, slot, [sign * curve[step] for step in sorted(curve)])
 
@@ -451,13 +475,13 @@ class Runner:
 
     def _go_on(self, trial: Trial) -> None:
         """After a slice: settle the trial, cut it, let it wait at a rung, or make it ready for the next slice."""
-        done = len(trial.progress.evaluations)
-        if self.rungs:
+        done, judged = len(trial.progress.evaluations), trial.stage != "confirm"
+        if self.rungs and judged:
             values = [self.spec.score([e]) for e in trial.progress.evaluations]
             self._note_rungs(self.rungs, trial.slot, values)
         if trial.state.finished:
             self._finish(trial)
-        elif self.pruner and self._is_worse(self.pruner, trial):
+        elif self.pruner and judged and self._is_worse(self.pruner, trial):
             self._cut(trial, f"pruned by {self.spec.pruner.method if self.spec.pruner else ''}")
         elif done in {evaluations for stage, evaluations in self.at_rung if stage == trial.slot.stage}:
             self.waiting.append(trial)
@@ -703,8 +727,10 @@ def launch(
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
     signal handler; `warn` gets what a person should know. Without `publish`, all for MLflow stays in
     the outbox. `report` makes the page that goes with the study's summary; if it fails, the study does not.
-    Raises StudyConflict, StudyBusy, DataError; Interrupted if it was stopped; StudyFailed without any result.
+    Raises StudyConflict, StudyBusy, DataError, StudyFileError when the method needs a package that is not here;
+    Interrupted if it was stopped; StudyFailed without any result.
     """
+    check_packages(spec.search.method, f"study '{spec.name}'")
     settings.home.mkdir(parents=True, exist_ok=True)
     with owned(settings.storage, spec.name) as still_owned, Outbox(settings.outbox) as box:
         record = register(open_storage(settings.storage), spec, still_owned, PATIENCE)
@@ -904,6 +930,7 @@ def stored(study: str, settings: Settings) -> StudyRecord:
 
 def dry_run(spec: StudySpec, settings: Settings, *, workers: int | None = None) -> dict[str, Any]:
     """What `launch` would do, and about how long, from one timed slice; nothing is written at home."""
+    check_packages(spec.search.method, f"study '{spec.name}'")
     distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
     ask = asker(spec.search.method, distributions, spec.seed) if is_asked(spec) else None
     proposals = plan.propose(spec, [], ask)

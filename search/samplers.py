@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import accumulate
 from typing import Any
 
@@ -198,18 +198,24 @@ OPTUNA_SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
 NEEDS = {"gp": "torch", "cmaes": "cmaes"}  # packages that Optuna does not bring along
 
 
+def check_packages(method: str, source: str) -> None:
+    """Raises StudyFileError, in words that begin with `source`, when a package that the method needs is not here."""
+    package = NEEDS.get(method)
+    try:
+        if package:
+            import_module(package)
+    except (ImportError, OSError) as error:  # OSError: a shared library of it does not load
+        needs = f"{method} needs the package {package}, which cannot be imported ({error}); pip install {package}"
+        raise StudyFileError([f"{source}: search.method: {needs}"]) from None
+
+
 def asker(method: str, distributions: Mapping[str, BaseDistribution], seed: int) -> Ask:
     """What `plan.propose` asks for methods tpe, gp and cmaes: one of Optuna's samplers, a generation at a time.
 
     The sampler lives in a study of its own, in memory, which is led again through all earlier generations when
     a study resumes: asked for the same number, told the same scores in the order of their slots. A failed
     trial is told as the worst that did not fail, so that the sampler learns to keep away.
-
-    Raises StudyFileError when the package that the method needs is not installed.
     """
-    if (package := NEEDS.get(method)) and not find_spec(package):
-        line = f"search.method: {method} needs the package {package}, which is not installed; pip install {package}"
-        raise StudyFileError([line])
     study = optuna.create_study(direction="maximize", sampler=OPTUNA_SAMPLERS[method](seed))
     asked: list[list[optuna.Trial]] = []
 

@@ -21,7 +21,14 @@ import filelock
 import optuna
 import sqlalchemy
 from optuna.artifacts import FileSystemArtifactStore
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
@@ -30,7 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from search.errors import SettingsError, StorageLost, StudyBusy, StudyConflict, UnknownStudy
-from search.plan import Proposal, Slot
+from search.plan import Proposal, Slot, extends
 from search.settings import redact
 from search.study import Choice, Range, StudySpec, difference, restore
 
@@ -441,6 +448,34 @@ class StudyRecord:
             if self.storage.get_trial(trial_id).state != state:  # else it was told, and only the reply was lost
                 raise
 
+    @_durable
+    def extend(self, spec: StudySpec) -> None:
+        """Store a spec with more points, and its wider space in every trial, in one transaction.
+
+        Optuna has no call for it, refuses a choice whose values differ from those of earlier trials, and leaves
+        parameters out of its plots whose distributions do.
+        """
+        params, trials, attrs = (
+            sqlalchemy.table(name, *map(sqlalchemy.column, columns))
+            for name, columns in (
+                ("trial_params", ("param_id", "trial_id", "param_name", "param_value", "distribution_json")),
+                ("trials", ("trial_id", "study_id")),
+                ("study_user_attributes", ("study_id", "key", "value_json")),
+            )
+        )
+        own = sqlalchemy.select(trials.c.trial_id).where(trials.c.study_id == self.study_id)
+        wider = {name: distribution(d) for name, d in spec.dimensions.items()}
+        with self.storage.engine.begin() as connection:
+            for row in connection.execute(sqlalchemy.select(params).where(params.c.trial_id.in_(own))).all():
+                value = json_to_distribution(row.distribution_json).to_external_repr(row.param_value)
+                new = wider[row.param_name]
+                stored = {"param_value": new.to_internal_repr(value), "distribution_json": distribution_to_json(new)}
+                if (row.param_value, row.distribution_json) != tuple(stored.values()):
+                    connection.execute(params.update().where(params.c.param_id == row.param_id).values(stored))
+            stored = {"value_json": json.dumps(spec.to_json())}
+            mine = (attrs.c.study_id == self.study_id) & (attrs.c.key == "spec")
+            connection.execute(attrs.update().where(mine).values(stored))
+
     # The dashboard's own calls read every note of the study to write one; these are the same records.
 
     @_durable
@@ -466,7 +501,10 @@ def _intermediate_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
 def register(
     storage: RDBStorage, spec: StudySpec, still_owned: Callable[[], None] = lambda: None, patience: float = 0.0
 ) -> StudyRecord:
-    """The record of this study: new, or the one to resume. Raises StudyConflict if another spec has the name."""
+    """The record of this study: new, or the one to resume, or to extend by more points.
+
+    Raises StudyConflict if another spec has the name.
+    """
     if spec.name not in study_names(storage):
         direction = StudyDirection.MAXIMIZE if spec.maximise else StudyDirection.MINIMIZE
         study_id = storage.create_new_study([direction], study_name=spec.name)
@@ -478,7 +516,9 @@ def register(
             raise StudyConflict(spec.name, ["the stored study was not made by Sieve"])
         record.set_attr("spec", spec.to_json())  # its registration was cut short
     if differences := difference(record.spec, spec):
-        raise StudyConflict(spec.name, differences)
+        if not extends(spec, record.spec):
+            raise StudyConflict(spec.name, differences)
+        record.extend(spec)
     if record.attrs["spec"] != spec.to_json():
         record.set_attr("spec", spec.to_json())  # another description or limit, the same trials
     return record

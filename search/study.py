@@ -446,7 +446,7 @@ class CoarseToFine(_Model):
 
 
 class Sampler(_Model):
-    """One of Optuna's own samplers: TPE, Gaussian process (needs the extra `torch`), CMA-ES."""
+    """One of Optuna's own samplers: TPE, Gaussian process (needs the extra `gp`), CMA-ES."""
 
     method: Literal["tpe", "gp", "cmaes"]
     trials: Count = Field(default=32, description="as many as four stages of coarse to fine")
@@ -501,8 +501,8 @@ Pruner = Annotated[Median | Halving, Field(discriminator="method")]
 class Limits(_Model):
     """When to stop early: they change how many trials are run, not which."""
 
-    trials: Count | None = None
-    minutes: float | None = Field(default=None, gt=0)
+    trials: Count | None = Field(default=None, description="no more than so many, repeats and confirm among them")
+    minutes: float | None = Field(default=None, gt=0, description="of a launch, after which no trial begins")
 
 
 def _metric(*more: str) -> BeforeValidator:

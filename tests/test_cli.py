@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from search.samplers import NEEDS
 from search.settings import Settings
 from tests.conftest import QUICK
 
@@ -39,6 +40,50 @@ def test_mistakes_in_study_files_are_one_line_each(tmp_path: Path) -> None:
         f"{path}: space.etta: unknown key; did you mean eta?",
         f"{path}: space.lambda.low: a log range needs low > 0, got 0.0",
     ]
+
+
+@pytest.mark.parametrize(("method", "package"), [("gp", "torch"), ("cmaes", "cmaes")])
+def test_a_missing_package_is_a_mistake_in_the_file(tmp_path: Path, file: Path, method: str, package: str) -> None:
+    """`validate` and `launch` name the package that the method needs, exit with 2, and write nothing."""
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    file.write_text(yaml.safe_dump(SMALL | {"search": {"method": method}}))
+    needs = f"search.method: {method} needs the package {package}, which cannot be imported"
+    for words, source in (
+        (["validate"], str(file)),
+        (["launch"], "study 'quick'"),
+        (["launch", "--dry-run"], "study 'quick'"),
+    ):
+        done = sieve(tmp_path / "home", *words, str(file), PYTHONPATH=path)
+        assert done.returncode == 2
+        assert done.stderr.startswith(source)
+        assert needs in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "home").exists()
+
+
+MIXED = {
+    "base": {"epochs": 1},
+    "space": QUICK["space"] | {"dropout": {"low": 0.0, "high": 0.5}, "batch_size": {"low": 20, "high": 60}},
+    "confirm": {"top": 1, "repeats": 2},
+}
+SEARCHES = {
+    "coarse-to-fine": {"stages": 2, "trials_per_stage": 12},
+    "random": {"trials": 4},
+    "grid": {"points": 2},
+    "tpe": {"trials": 16},
+    "cmaes": {"trials": 16},
+    "gp": {"trials": 16},
+}
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_healthy_study_prints_no_warning(tmp_path: Path, file: Path, method: str) -> None:
+    """Over numbers and choices together, no method has anything to warn of, nor has a library beneath it."""
+    pytest.importorskip(NEEDS.get(method, "optuna"))
+    file.write_text(yaml.safe_dump(SMALL | MIXED | {"search": {"method": method, **SEARCHES[method]}}))
+    done = sieve(tmp_path / "home", "launch", str(file), "--json", "--workers", "1", "--no-publish")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_study_from_launch_to_export(new_home: Callable[[str], Settings], tmp_path: Path, file: Path) -> None:

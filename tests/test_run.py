@@ -162,8 +162,88 @@ def test_another_spec_under_the_same_name_is_refused(settings: Settings, quick: 
     launch(quick(search=small, confirm=False), settings, workers=1)
     launch(quick(search=small, confirm=False, description="other words"), settings, workers=1)
     assert len(attempts(settings)) == 2
-    with pytest.raises(StudyConflict, match=r"search\.trials: 2 as stored, 3 as given"):
-        launch(quick(search=small | {"trials": 3}, confirm=False), settings, workers=1)
+    with pytest.raises(StudyConflict, match=r"search\.trials: 2 as stored, 1 as given"):
+        launch(quick(search=small | {"trials": 1}, confirm=False), settings, workers=1)
+
+
+GRID = {
+    "space": {"lambda": [0.1, 0.0], "hidden_sizes": [[], [8]], "eta": {"low": 0.01, "high": 1.0, "log": True}},
+    "search": {"method": "grid", "points": 2},
+    "confirm": False,
+}
+WIDER = GRID | {
+    "space": {"lambda": [0.0, 0.5, 0.1], "hidden_sizes": [[], [8]], "eta": {"low": 0.01, "high": 1.0, "log": True}},
+    "search": {"method": "grid", "points": 3},
+}
+FEW, MORE = ({"search": {"method": "random", "trials": n, "points": "uniform"}, "confirm": False} for n in (3, 5))
+
+
+@pytest.mark.parametrize(("first", "then", "count"), [(GRID, WIDER, 18), (FEW, MORE, 5)], ids=["grid", "random"])
+def test_an_extended_study_keeps_what_is_done(
+    settings: Settings, quick: Spec, first: dict[str, Any], then: dict[str, Any], count: int
+) -> None:
+    """A grid or random search with more points trains the new ones only, once each, in one space for all of them."""
+    launch(quick(**first), settings, workers=1)
+    done = attempts(settings)
+    launch(quick(**then), settings, workers=2)
+    extended = attempts(settings)
+    assert extended[: len(done)] == done
+    assert len({json.dumps(a.params, sort_keys=True) for a in extended}) == len(extended) == count
+    trials = optuna.load_study(study_name="quick", storage=settings.storage).get_trials()
+    assert len({str(sorted(t.distributions.items())) for t in trials}) == 1
+    with pytest.raises(StudyConflict, match="as stored"):
+        launch(quick(**first), settings, workers=1)
+
+
+def test_an_extended_grid_takes_up_what_was_running(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grid stopped in the middle and extended ends with every combination once, the running ones in their slots."""
+    monkeypatch.setattr(run, "SLICE_SECONDS", 1e-6)
+    with pytest.raises(Interrupted):
+        launch(quick(**GRID), settings, workers=1, started=_stop_after_first_slice)
+    begun = {a.slot: a.params for a in attempts(settings) if a.state.name == "RUNNING"}
+    assert begun
+    launch(quick(**WIDER), settings, workers=2)
+    done = {a.slot: a.params for a in attempts(settings)}
+    assert begun.items() <= done.items()
+    assert len({json.dumps(params, sort_keys=True) for params in done.values()}) == len(attempts(settings)) == 18
+
+
+def _stop_after_first_slice(runner: run.Runner) -> None:
+    submit = runner._submit
+
+    def submit_and_stop(trials: list[run.Trial]) -> None:
+        submit(trials)
+        runner.stop()
+
+    runner._submit = submit_and_stop  # type: ignore[method-assign]
+
+
+def test_a_limit_of_trials_counts_repeats_and_confirm(settings: Settings, quick: Spec) -> None:
+    """A study with a limit has the first so many slots of its plan, says so, and goes on when it is raised."""
+    parts: dict[str, Any] = {"search": {"method": "random", "trials": 3}, "repeats": 2}
+    said: list[str] = []
+    launch(quick(**parts, limits={"trials": 7}), settings, workers=2, warn=said.append)
+    assert [str(a.slot) for a in attempts(settings)] == [
+        *(f"s0.i{i}.r{r}" for i in range(3) for r in range(2)),
+        "s1.i0.r2",
+    ]
+    assert said == ["limits.trials: 7 is reached, no further trial begins; launch with a higher limit to go on"]
+    assert run.standing(settings, "quick")[0]["state"] == "stopped"
+    launch(quick(**parts, limits={"trials": 10}), settings, workers=1)
+    assert len(attempts(settings)) == 10
+    assert run.standing(settings, "quick")[0]["state"] == "done"
+
+
+def test_no_trial_begins_after_a_limit_of_minutes(settings: Settings, quick: Spec) -> None:
+    """When the minutes are over, what runs is trained to its end and nothing else begins."""
+    wide = {"base": {"hidden_sizes": [800]}, "space": {"eta": {"low": 1e-3, "high": 0.1}}}  # two of them fill a group
+    spec = quick(**wide, search={"method": "random", "trials": 40}, confirm=False, limits={"minutes": 0.005})
+    launch(spec, settings, workers=1)
+    found = attempts(settings)
+    assert 0 < len(found) < 40
+    assert {a.state.name for a in found} <= {"COMPLETE", "PRUNED"}
 
 
 def test_a_second_runner_is_refused(settings: Settings, quick: Spec) -> None:

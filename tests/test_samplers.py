@@ -16,7 +16,6 @@ from optuna.testing.pytest_samplers import (
     SingleOnlySamplerTestCase,
 )
 
-from search.errors import StudyFileError
 from search.plan import Finished, Proposal, propose
 from search.samplers import NEEDS, OPTUNA_SAMPLERS, CoarseToFineSampler, asker
 from search.study import restore
@@ -213,13 +212,6 @@ def search(method: str, restart: bool = False, trials: int = 20) -> list[Finishe
         finished.append(Finished(todo[-1].slot, todo[-1].params, score(todo[-1])))
         ask = asker(method, DISTRIBUTIONS, 7) if restart else ask
     return sorted(finished, key=lambda f: f.slot)
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method whose package is not installed is refused with the name of that package."""
-    monkeypatch.setitem(NEEDS, "gp", "no_such_package")
-    with pytest.raises(StudyFileError, match="gp needs the package no_such_package"):
-        asker("gp", DISTRIBUTIONS, 0)
 
 
 @pytest.mark.filterwarnings("default")
