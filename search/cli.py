@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -230,6 +231,30 @@ def report_(
         folder = out or settings.home / "reports" / study
         for path in report.write(run.stored(study, settings), settings, folder):
             typer.echo(f"wrote {path}")
+
+
+@app.command()
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(help="Studies; all of them without.", show_default=False)] = None,
+    write_only: Annotated[bool, typer.Option("--write-only", help="Run nothing; write what is stored.")] = False,
+    folder: Annotated[Path, typer.Option("--studies", help="The folder of the study files.")] = Path("studies"),
+    out: Annotated[Path, typer.Option(help="Where reproduction.md goes.")] = Path("docs"),
+    workers: Workers = None,
+    publish: Annotated[bool, typer.Option(help="Publish to MLflow meanwhile; else `sieve sync` does later.")] = True,
+) -> None:
+    """Run the reports' experiments, each if it is not done yet, and write published figures beside ours."""
+    with _errors():
+        from search import reproduce as reports
+        from search import run
+
+        settings = Settings.from_environment()
+        for spec in [] if write_only else reports.studies(folder, names or []):
+            if reports.is_done(spec, settings):
+                _say(f"study '{spec.name}' is done")
+            else:
+                _run(spec.name, settings, False, partial(run.launch, spec, settings, workers=workers, publish=publish))
+        page, *pictures = reports.write(reports.studies(folder), settings, out)
+        typer.echo(f"wrote {page} and {len(pictures)} pictures")
 
 
 # ---- watching

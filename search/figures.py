@@ -222,7 +222,7 @@ def _belongs(key: str, panel: str) -> bool:
     return key == panel or key in (f"{panel}/train", f"{panel}/val")
 
 
-def _band(axis: "Axes", x: Array, values: Array, label: str, colour: str) -> None:
+def _band(axis: "Axes", x: Array, values: Array, label: str | None, colour: Any, style: str = "-") -> None:
     """The mean of values [r, t] over x [t], and one deviation to either side; NaN means no value."""
     values = np.where(np.isfinite(values), values, np.nan)
     there = ~np.isnan(values).all(axis=0)
@@ -230,10 +230,29 @@ def _band(axis: "Axes", x: Array, values: Array, label: str, colour: str) -> Non
         return
     x, values = x[there], values[:, there]
     mean = np.nanmean(values, axis=0)
-    axis.plot(x, mean, label=label, color=colour, marker="o" if len(x) == 1 else None)
+    axis.plot(x, mean, style, label=label, color=colour, marker="o" if len(x) == 1 else None)
     if len(values) > 1:
         deviation = np.nanstd(values, axis=0)
         axis.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+
+
+def overlay(runs: Mapping[str, tuple[ArrayLike, Mapping[str, ArrayLike]]], *, x_label: str = "epoch") -> "Figure":
+    """Loss and accuracy of several settings over each other, validation as lines and training dashed.
+
+    runs: setting -> (x [t], metric -> [r, t] for r repeats), as from `stack`.
+    """
+    figure, axes = _figure(2, "", width=11, height=3.8)
+    for axis, panel in zip(axes, ("loss", "accuracy"), strict=True):
+        for (name, (x, history)), colour in zip(runs.items(), _colours([*runs]).values(), strict=True):
+            for part, style in (("train", "--"), ("val", "-")):
+                values = np.atleast_2d(np.asarray(history.get(f"{panel}/{part}", np.nan), np.float64))
+                label = name if part == "val" else None
+                _band(axis, np.asarray(x, np.float64), values, label, colour, style)
+        axis.set(xlabel=x_label, ylabel=panel, yscale="log" if panel == "loss" else "linear")
+        axis.grid(alpha=0.3, which="both")
+    figure.subplots_adjust(right=0.76)
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
+    return figure
 
 
 def heat_map(xs: Sequence[Any], ys: Sequence[Any], values: Sequence[float], *, names: tuple[str, str, str]) -> "Figure":

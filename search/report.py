@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from itertools import combinations
 from pathlib import Path
@@ -91,15 +92,18 @@ def write(record: StudyRecord, settings: Settings, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def gather(record: StudyRecord, settings: Settings) -> Material:
-    """Read a study: trials from its storage; curves, layers and digests from this machine's outbox, if it has them."""
+def gather(record: StudyRecord, settings: Settings, few: int = FEW) -> Material:
+    """Read a study: trials from its storage; curves, layers and digests from this machine's outbox, if it has them.
+
+    few: up to so many configurations are all drawn, of more only the best.
+    """
     spec, attempts = record.spec, record.attempts()
     settled = finished_attempts(attempts)
     try:
         outcome = conclude(record)
     except StudyFailed:
         outcome = None
-    drawn = best_configurations(spec, settled, outcome)
+    drawn = best_configurations(spec, settled, outcome, few)
     curves: dict[Slot, list[tuple[int, dict[str, float]]]] = {}
     layers: dict[Slot, Layer] = {}
     confusion: dict[Slot, Confusion] = {}
@@ -120,7 +124,9 @@ def gather(record: StudyRecord, settings: Settings) -> Material:
     return Material(spec, attempts, outcome, drawn, curves, layers, confusion, datasets, versions, written=time.time())
 
 
-def best_configurations(spec: StudySpec, settled: Mapping[Slot, Attempt], outcome: Outcome | None) -> list[Result]:
+def best_configurations(
+    spec: StudySpec, settled: Mapping[Slot, Attempt], outcome: Outcome | None, few: int
+) -> list[Result]:
     """The configurations to draw, each with its repeats: the chosen one, those of its stage, the rest, by mean."""
     if outcome is None:
         return []
@@ -129,7 +135,7 @@ def best_configurations(spec: StudySpec, settled: Mapping[Slot, Attempt], outcom
     finished = [f for f in results(spec, settled.values(), {}) if math.isfinite(f.score)]
     found = plan.ranked(plan.results(sorted(finished, key=lambda f: f.slot), _configuration))
     found.sort(key=lambda r: (not chosen & set(r.slots), r.slots[0].stage != stage))
-    return found if len(found) <= FEW else found[:BEST]
+    return found if len(found) <= few else found[:BEST]
 
 
 def _configuration(finished: Finished) -> str:
@@ -167,15 +173,26 @@ def _reason(attempt: Attempt) -> str:
 # ---- published figures
 
 
-class Compared(NamedTuple):
-    """A published figure beside ours: mean and deviation over the runs of its setting."""
+class Measured(NamedTuple):
+    """A figure of ours, over the runs of a setting."""
 
-    published: Published
-    mean: float | None  # None without a run that has this figure
+    mean: float | None  # None without a run that has it
     deviation: float | None
     n: int
     without: int  # runs of the setting without a result
-    difference: float | None
+
+    @property
+    def variance(self) -> float:
+        return (self.deviation or 0.0) ** 2
+
+
+class Compared(NamedTuple):
+    """A published figure beside ours."""
+
+    published: Published
+    ours: Measured
+    other: Measured | None  # that of the setting it is below
+    difference: float | None  # ours less the published one, or less the other one
     verdict: str
 
 
@@ -185,31 +202,49 @@ def compare(material: Material) -> list[Compared]:
 
 
 def _compare(material: Material, published: Published) -> Compared:
-    runs = _runs_of(material, published)
-    told = [a.attrs | {material.spec.metric: a.value} for a in runs if a.value is not None]
-    values = [figures[published.metric] for figures in told if published.metric in figures]
-    mean = statistics.fmean(values) if values else None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    difference = mean - published.value if mean is not None and published.value is not None else None
-    if not runs:
-        verdict = "not run"
-    elif mean is None:
-        verdict = "no result"
+    ours = _measured(material, published.metric, published.where)
+    other = _measured(material, published.metric, published.below) if published.below else None
+    than = other.mean if other else published.value
+    difference = None if ours.mean is None or than is None else ours.mean - than
+    missing = [found for found in (ours, other) if found and found.mean is None]
+    if missing:
+        verdict = "no result" if any(found.without for found in missing) else "not run"
     elif difference is None:
         verdict = "in words only"
-    elif published.tolerance is None:
-        verdict = "no tolerance given"
     else:
-        verdict = "agrees" if abs(difference) <= published.tolerance * (1 + 1e-9) + 1e-12 else "differs"
-    return Compared(published, mean, deviation, len(values), len(runs) - len(values), difference, verdict)
+        verdict = _verdict(published, ours, other, difference)
+    return Compared(published, ours, other, difference, verdict)
 
 
-def _runs_of(material: Material, published: Published) -> list[Attempt]:
-    """The settled attempts that a published figure is about."""
+def _verdict(published: Published, ours: Measured, other: Measured | None, difference: float) -> str:
+    """Seed noise is two deviations of the difference; a published figure counts as one run with our deviation."""
+    if other:
+        noise = 2 * math.sqrt(ours.variance / ours.n + other.variance / other.n)
+        if abs(difference) > noise:
+            return "reproduced" if difference < 0 else "different"
+        return "within seed noise" if noise else "different"
+    if published.tolerance is not None and abs(difference) <= published.tolerance * (1 + 1e-9) + 1e-12:
+        return "reproduced"
+    noise = 2 * math.sqrt((published.deviation or ours.deviation or 0.0) ** 2 + ours.variance / ours.n)
+    if published.tolerance is None and not noise:
+        return "no tolerance given"
+    return "within seed noise" if abs(difference) <= noise else "different"
+
+
+def _measured(material: Material, metric: str, where: Mapping[str, Any]) -> Measured:
+    runs = _runs_of(material, where)
+    told = [a.attrs | {material.spec.metric: a.value} for a in runs if a.value is not None]
+    values = [figures[metric] for figures in told if metric in figures]
+    mean = statistics.fmean(values) if values else None
+    return Measured(mean, statistics.stdev(values) if len(values) > 1 else None, len(values), len(runs) - len(values))
+
+
+def _runs_of(material: Material, where: Mapping[str, Any]) -> list[Attempt]:
+    """The settled attempts with this setting, or those of the study's choice."""
     settled = finished_attempts(material.attempts)
-    if not published.where:
+    if not where:
         return [settled[slot] for slot in material.outcome.chosen.slots] if material.outcome else []
-    met = [a for a in settled.values() if _meets(material.spec, a, published.where)]
+    met = [a for a in settled.values() if _meets(material.spec, a, where)]
     return [a for a in met if a.slot.stage == max(b.slot.stage for b in met)]
 
 
@@ -225,6 +260,11 @@ def _meets(spec: StudySpec, attempt: Attempt, where: Mapping[str, Any]) -> bool:
 
 
 # ---- HTML
+
+
+def reason(compared: Compared) -> str:
+    """Why ours differs, if it does."""
+    return compared.published.why if compared.verdict == "different" else ""
 
 
 class Html(str):
@@ -284,10 +324,12 @@ def page(material: Material) -> str:
         _header(material),
         _result(material),
         _section("Published figures beside ours", _published(material)),
-        _section("Curves", *_curves(material)),
-        _section("Where it looked", *_paths(material), *_heat_maps(material), *_slices(material)),
-        _section("What the first layer learned", *_layers(material)),
-        _section("Mistakes on the test images", *_confusions(material)),
+        _section("Curves", *map(_picture, curves(material))),
+        _section(
+            "Where it looked", _pair(paths(material)), _pair(heat_maps(material)), *map(_picture, slices(material))
+        ),
+        _section("What the first layer learned", _pair(layers(material), "pair tiles")),
+        _section("Mistakes on the test images", *map(_picture, _confusions(material))),
         _section("Configurations that were repeated", _repeated(material)),
         _section("Stages", _stages(material)),
         _section("Space", _space(spec)),
@@ -345,20 +387,20 @@ def _card(name: str, value: str, note: str) -> Html:
 
 def _published(material: Material) -> Html:
     def row(c: Compared) -> list[object]:
-        p = c.published
-        counted = f"{c.n} run{'s' * (c.n != 1)}" if c.n else ""
-        if c.without:
-            counted += f"{', ' if counted else ''}{c.without} without a result"
+        p, n, without = c.published, c.ours.n, c.ours.without
+        counted = f"{n} run{'s' * (n != 1)}" if n else ""
+        if without:
+            counted += f"{', ' if counted else ''}{without} without a result"
         return [
             run_name(p.where) if p.where else p.label or "the study's choice",
             p.metric,
-            _spread(p.value, p.deviation),
-            _spread(c.mean, c.deviation),
+            f"below {run_name(p.below)}" if p.below else _spread(p.value, p.deviation),
+            _spread(c.ours.mean, c.ours.deviation),
             Html(_tag("td", counted, class_="quiet")),
             "" if c.difference is None else f"{c.difference:+.4f}",
             "" if p.tolerance is None else f"{p.tolerance:g}",
             Html(_tag("td", c.verdict, class_=f"verdict {c.verdict.partition(' ')[0]}")),
-            " · ".join(text for text in (p.label if p.where else "", p.note) if text),
+            " · ".join(text for text in (p.label if p.where else "", p.note, reason(c)) if text),
         ]
 
     head = ["setting", "figure", "published", "ours", "", "difference", "tolerance", "verdict", "note"]
@@ -366,16 +408,29 @@ def _published(material: Material) -> Html:
     return _table(head, map(row, compared), id="published") if compared else Html()
 
 
-def _picture(caption: str, draw: Callable[..., "Image | Figure"], *given: Any, **named: Any) -> Html:
+class Drawing(NamedTuple):
+    """A figure to be drawn, and what it shows."""
+
+    caption: str
+    draw: Callable[[], "Image | Figure"]
+
+
+def _picture(drawing: Drawing) -> Html:
     """A figure, or in words why there is none: no figure may cost the report."""
+    caption = drawing.caption
     try:
-        drawn = draw(*given, **named)
+        drawn = drawing.draw()
         kind, data = ("png", figures.png(drawn)) if isinstance(drawn, Image) else ("svg+xml", figures.svg(drawn))
     except Exception as error:
         return _tag("p", f"{caption}: could not be drawn ({type(error).__name__}: {error})", class_="warning")
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     image = Html(f'<img src="{source}" alt="{escape(caption)}">')
     return _tag("figure", image, _tag("figcaption", caption))
+
+
+def _pair(drawings: Sequence[Drawing], shape: str = "pair") -> Html:
+    """Figures side by side."""
+    return _tag("div", *map(_picture, drawings), class_=shape) if drawings else Html()
 
 
 def _name(material: Material, configuration: Result) -> str:
@@ -387,21 +442,22 @@ def _name(material: Material, configuration: Result) -> str:
     return f"{run_name(configuration.params)} · {stage}{runs} · {material.spec.metric} {spread}"
 
 
-def _curves(material: Material) -> list[Html]:
+def curves(material: Material) -> list[Drawing]:
+    """Loss, cost, accuracy and eta of each of the configurations to draw."""
     drawn = []
     for configuration in material.drawn:
         runs = [material.curves[slot] for slot in configuration.slots if material.curves.get(slot)]
         if runs:
             caption = _name(material, configuration) + (" · band: one deviation" if len(runs) > 1 else "")
-            x_label = _unit(material, configuration.slots[0])
+            x_label = unit(material, configuration.slots[0])
             x, table = figures.stack(runs)
             if "eta" in table and np.nanmin(table["eta"]) == np.nanmax(table["eta"]):
                 del table["eta"]  # constant
-            drawn.append(_picture(caption, figures.curves, x, table, x_label=x_label))
+            drawn.append(Drawing(caption, partial(figures.curves, x, table, x_label=x_label)))
     return drawn
 
 
-def _unit(material: Material, slot: Slot) -> str:
+def unit(material: Material, slot: Slot) -> str:
     """What a step of a trial's curves is."""
     attempt = next(a for a in material.attempts if a.slot == slot)
     config = material.spec.config(attempt.params, **attempt.attrs["overrides"])
@@ -426,7 +482,7 @@ def _valued(material: Material) -> list[Valued]:
     return [Valued(a.slot, a.params, a.attrs, a.value) for a in complete if a.value is not None]
 
 
-def _paths(material: Material) -> list[Html]:
+def paths(material: Material) -> list[Drawing]:
     """Coarse to fine: where each stage's points and box lay, for each two of the ranges, or one beside the metric."""
     spec, found, ranges = material.spec, _valued(material), _numeric(material.spec)
     if spec.search.method != "coarse-to-fine" or not found or not ranges:
@@ -440,21 +496,23 @@ def _paths(material: Material) -> list[Html]:
     for x, y in list(combinations(axes, 2))[:PAIRS]:
         whole = {spec.metric: (metric.low, metric.high)}
         told = [{**a.params, spec.metric: a.value} for a in found]
-        best = {**chosen.params, spec.metric: chosen.mean} if chosen else None
+        best: dict[str, Any] | None = {**chosen.params, spec.metric: chosen.mean} if chosen else None
         drawn.append(
-            _picture(
+            Drawing(
                 f"{x} and {y}: a point for each trial, a box for each stage, a star for the choice",
-                figures.search_path,
-                [params[x] for params in told],
-                [params[y] for params in told],
-                stages,
-                names=(x, y),
-                log=(axes[x].log, axes[y].log),
-                boxes={stage: (*(box | whole)[x], *(box | whole)[y]) for stage, box in boxes.items()},
-                best=(best[x], best[y]) if best else None,
+                partial(
+                    figures.search_path,
+                    [params[x] for params in told],
+                    [params[y] for params in told],
+                    stages,
+                    names=(x, y),
+                    log=(axes[x].log, axes[y].log),
+                    boxes={stage: (*(box | whole)[x], *(box | whole)[y]) for stage, box in boxes.items()},
+                    best=(best[x], best[y]) if best else None,
+                ),
             )
         )
-    return [_tag("div", *drawn, class_="pair")]
+    return drawn
 
 
 def _boxes(material: Material) -> list[tuple[plan.StageInfo, plan.Box | None]]:
@@ -465,7 +523,7 @@ def _boxes(material: Material) -> list[tuple[plan.StageInfo, plan.Box | None]]:
     return list(zip(plan.stages(material.spec), plan.boxes(material.spec, finished), strict=True))
 
 
-def _heat_maps(material: Material) -> list[Html]:
+def heat_maps(material: Material) -> list[Drawing]:
     """A grid: the metric over each two of its axes; with further axes, the best over those."""
     spec, found = material.spec, _valued(material)
     axes = [name for name in spec.dimensions if len({a.params[name] for a in found}) > 1]
@@ -483,25 +541,27 @@ def _heat_maps(material: Material) -> list[Html]:
         over = "mean over repeats" if len(axes) == 2 else f"best over {', '.join(n for n in axes if n not in (x, y))}"
         caption = f"{spec.metric} by {x} and {y}" + ("" if len(axes) == 2 and spec.repeats == 1 else f" ({over})")
         xs, ys, values = [x for x, _ in cells], [y for _, y in cells], [sign * v for v in cells.values()]
-        drawn.append(_picture(caption, figures.heat_map, xs, ys, values, names=(x, y, spec.metric)))
-    return [_tag("div", *drawn, class_="pair")]
+        drawn.append(Drawing(caption, partial(figures.heat_map, xs, ys, values, names=(x, y, spec.metric))))
+    return drawn
 
 
-def _slices(material: Material) -> list[Html]:
+def slices(material: Material) -> list[Drawing]:
     """The metric by each parameter."""
     spec, found = material.spec, _valued(material)
     axes = {n: d for n, d in spec.dimensions.items() if len({a.params.get(n) for a in found}) > 1}
-    if not axes or (len(axes) == 1 and _paths(material)):  # which shows the same
+    if not axes or (len(axes) == 1 and paths(material)):  # which shows the same
         return []
     points = {name: [a.params[name] for a in found] for name in axes}
     log = {name for name, d in axes.items() if isinstance(d, Range) and d.log}
     choices = {name: d.choices for name, d in axes.items() if isinstance(d, Choice)}
     stages, values = [a.attrs["stage"] for a in found], [a.value for a in found]
     caption = f"{spec.metric} by each parameter; triangles lie far beyond the axis"
-    return [_picture(caption, figures.slices, points, values, stages, y_label=spec.metric, log=log, choices=choices)]
+    draw = partial(figures.slices, points, values, stages, y_label=spec.metric, log=log, choices=choices)
+    return [Drawing(caption, draw)]
 
 
-def _layers(material: Material) -> list[Html]:
+def layers(material: Material) -> list[Drawing]:
+    """The first layer of each of the configurations to draw, as trained and in pixel space."""
     drawn = []
     for configuration in material.drawn:
         slot = configuration.slots[0]
@@ -510,16 +570,12 @@ def _layers(material: Material) -> list[Html]:
             what = "templates of the classes" if layer.classes else units
             name = f"{run_name(configuration.params)} · {slot} · {what}"
             shown = {"": None} if layer.scale is None else {" as trained": None, " in pixel space": layer.scale}
-            drawn += [
-                _picture(
-                    name + how, figures.weight_tiles, layer.w, layer.image_shape, scale=scale, classes=layer.classes
-                )
-                for how, scale in shown.items()
-            ]
-    return [_tag("div", *drawn, class_="pair tiles")] if drawn else []
+            draw = partial(figures.weight_tiles, layer.w, layer.image_shape, classes=layer.classes)
+            drawn += [Drawing(name + how, partial(draw, scale=scale)) for how, scale in shown.items()]
+    return drawn
 
 
-def _confusions(material: Material) -> list[Html]:
+def _confusions(material: Material) -> list[Drawing]:
     """Of the chosen configuration's runs alone, added up."""
     slots = [slot for c in material.drawn[:1] for slot in c.slots if slot in material.confusion]
     if not slots:
@@ -527,7 +583,7 @@ def _confusions(material: Material) -> list[Html]:
     counts = np.sum([material.confusion[slot].counts for slot in slots], axis=0)
     classes = material.confusion[slots[0]].classes
     caption = "the chosen configuration" + (f", {len(slots)} runs added up" if len(slots) > 1 else "")
-    return [_picture(caption, figures.confusion_matrix, counts, classes)]
+    return [Drawing(caption, partial(figures.confusion_matrix, counts, classes))]
 
 
 def _repeated(material: Material) -> Html:
@@ -651,8 +707,8 @@ tr:last-child td { border-bottom: 0; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { background: linear-gradient(to right, #d6e6f2 var(--share), transparent var(--share)); }
 .state, .verdict { white-space: nowrap; }
-.chosen, .agrees { color: #15803d; font-weight: 600; }
-.failed, .differs { color: #b91c1c; font-weight: 600; }
+.chosen, .reproduced, .within { color: #15803d; font-weight: 600; }
+.failed, .different { color: #b91c1c; font-weight: 600; }
 .stopped { color: #b45309; }
 figure { margin: 1rem 0; }
 img { display: block; max-width: 100%; height: auto; }

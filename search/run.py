@@ -36,13 +36,13 @@ from core.data import Dataset
 from core.train import Progress, State, TrainConfig, advance, may_share, start
 from search import __version__, checkpoint, outbox, plan, prune
 from search.datasets import open_dataset
-from search.errors import DataError, Interrupted, SieveError, StudyFailed, UnknownStudy
+from search.errors import DataError, Interrupted, SieveError, StudyFailed, StudyFileError, UnknownStudy
 from search.executor import LOST, advance_elsewhere, advance_here, open_executor
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
 from search.samplers import OPTUNA_SAMPLERS, asker, check_packages
-from search.settings import Settings
+from search.settings import Settings, redact
 from search.storage import (
     PATIENCE,
     Attempt,
@@ -56,7 +56,7 @@ from search.storage import (
     register,
     study_names,
 )
-from search.study import Choice, Halving, StudySpec
+from search.study import Choice, Halving, StudySpec, narrowed
 from search.tracking import links, run_link
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
@@ -727,12 +727,13 @@ def launch(
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
     signal handler; `warn` gets what a person should know. Without `publish`, all for MLflow stays in
     the outbox. `report` makes the page that goes with the study's summary; if it fails, the study does not.
-    Raises StudyConflict, StudyBusy, DataError, StudyFileError when the method needs a package that is not here;
-    Interrupted if it was stopped; StudyFailed without any result.
+    Raises StudyConflict, StudyBusy, DataError, StudyFileError when the method needs a package that is not here or
+    the space another study; Interrupted if it was stopped; StudyFailed without any result.
     """
     check_packages(spec.search.method, f"study '{spec.name}'")
     settings.home.mkdir(parents=True, exist_ok=True)
     with owned(settings.storage, spec.name) as still_owned, Outbox(settings.outbox) as box:
+        spec = resolved(spec, settings)
         record = register(open_storage(settings.storage), spec, still_owned, PATIENCE)
         record.warn = warn
         with (
@@ -928,8 +929,25 @@ def stored(study: str, settings: Settings) -> StudyRecord:
     return StudyRecord(open_storage(settings.storage), study)
 
 
+def resolved(spec: StudySpec, settings: Settings) -> StudySpec:
+    """The study with its space narrowed by the study it names, if any. Raises StudyFileError if that is not finished.
+
+    To be called before the study is registered, so that its space is written down before it runs.
+    """
+    if (source := spec.space_from) is None:
+        return spec
+    with suppress(UnknownStudy):
+        other = stored(source.study, settings)
+        if other.attrs.get("state") == "done":
+            found = best_first(other.spec, finished_attempts(other.attempts()).values())
+            return narrowed(spec, [a.params for a in found[: math.ceil(source.top * len(found))]])
+    text = f"'{source.study}' is not finished in {redact(settings.storage)}; launch it first"
+    raise StudyFileError([f"study '{spec.name}': space_from.study: {text}"])
+
+
 def dry_run(spec: StudySpec, settings: Settings, *, workers: int | None = None) -> dict[str, Any]:
     """What `launch` would do, and about how long, from one timed slice; nothing is written at home."""
+    spec = resolved(spec, settings)
     check_packages(spec.search.method, f"study '{spec.name}'")
     distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
     ask = asker(spec.search.method, distributions, spec.seed) if is_asked(spec) else None

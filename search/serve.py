@@ -30,9 +30,9 @@ WAITING = ("queued", "running")  # one that runs and has no owner lost its runne
 
 
 def enqueue(spec: StudySpec, settings: Settings) -> str:
-    """Register a study for `sieve serve`; says so. Raises StudyConflict, or StudyBusy while it is being run."""
+    """Register a study for `sieve serve`; says so. Raises StudyConflict, StudyFileError; StudyBusy while it runs."""
     with owned(settings.storage, spec.name) as still_owned:
-        record = register(open_storage(settings.storage), spec, still_owned)
+        record = register(open_storage(settings.storage), run.resolved(spec, settings), still_owned)
         record.set_attr("state", "queued")
     return f"study '{spec.name}' waits for `sieve serve`; `sieve status {spec.name} --follow` shows it"
 

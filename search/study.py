@@ -511,7 +511,7 @@ def _metric(*more: str) -> BeforeValidator:
 
 
 class Published(_Model):
-    """A figure to set beside ours."""
+    """A figure to set beside ours, or an order of two settings."""
 
     where: Point = Field(default_factory=dict, description="the setting it belongs to; none: the study's choice")
     label: str = Field(default="", max_length=200)
@@ -519,7 +519,24 @@ class Published(_Model):
     value: float | None = Field(default=None, description="none: the source says it in words only, see note")
     deviation: float | None = Field(default=None, ge=0)
     tolerance: float | None = Field(default=None, ge=0, description="ours counts as equal within this distance")
+    below: Point = Field(default_factory=dict, description="instead of a value: a setting with a higher figure")
     note: str = Field(default="", max_length=1_000)
+    why: str = Field(default="", max_length=2_000, description="why ours differs, if it does")
+
+    def _misfits(self) -> Iterator[Mistake]:
+        if self.below and self.value is not None:
+            yield ("below",), "expected either value or below, got both"
+        if self.below and not self.where:
+            yield ("where",), "required beside below, but not given"
+        if self.tolerance is not None and self.value is None:
+            yield ("tolerance",), "expected none without a value"
+
+
+class SpaceFrom(_Model):
+    """Another study, which must be finished: where its best trials lay narrows the space."""
+
+    study: str = Field(pattern=rf"^{_NAME}$")
+    top: float = Field(default=0.25, gt=0, le=1, description="the best fraction of its trials")
 
 
 # --- study -------------------------------------------------------------------------------------------------------
@@ -528,13 +545,15 @@ class Published(_Model):
 class StudySpec(_Model):
     """A study: everything that decides which trials it has, in the form that is stored and compared."""
 
-    SECONDARY: ClassVar = ("description", "published", "limits")  # what may differ when a study is resumed
+    SECONDARY: ClassVar = ("description", "remarks", "published", "limits")  # what may differ when a study is resumed
 
     name: str = Field(pattern=rf"^{_NAME}$")
     description: str = Field(default="", max_length=5_000)
+    remarks: str = Field(default="", max_length=20_000, description="Markdown: what is seen in the results")
     dataset: DatasetSpec
     base: Fields = Field(default_factory=dict)
     space: Annotated[dict[str, Entry], _mapping(_entry)] = Field(default_factory=dict)
+    space_from: SpaceFrom | None = None
     search: Search
     confirm: Confirm | None = None
     repeats: int = Field(default=1, ge=1, le=1_000, description="trainings of each configuration, with other seeds")
@@ -631,6 +650,10 @@ def _misfits(spec: StudySpec) -> Iterator[Mistake]:
         yield ("space",), "expected none beside method list, whose settings are the space"
     if not isinstance(search, Listed) and not spec.space:
         yield ("space",), f"expected at least one setting to search, got none; method {search.method} needs it"
+    if spec.space_from and isinstance(search, Listed):
+        yield ("space_from",), "expected none beside method list, whose settings are the space"
+    if spec.space_from and spec.space_from.study == spec.name:
+        yield ("space_from", "study"), "expected another study, got this one"
     searched = {name.partition(".")[0] for name in spec.dimensions}
     for path, base in _bases(spec):
         for name in sorted(searched & base.keys()):
@@ -725,6 +748,54 @@ def _corners(spec: StudySpec) -> Iterator[tuple[dict[str, Scalar], Place]]:
             yield first | {name: value}, ("space", *name.split("."), *(() if "." in name else place))
 
 
+# --- a space taken from another study ----------------------------------------------------------------------------
+
+
+def narrowed(spec: StudySpec, best: Sequence[Mapping[str, Scalar]]) -> StudySpec:
+    """The study with each entry of its space narrowed to where these parameters of another study lie.
+
+    A range becomes its part from the least to the greatest of them. A list of numbers keeps what lies between
+    them, rounded outward to listed ones; any other list keeps what occurs. Layers, and entries that the other study
+    did not search, stay as they are. Narrowing again changes nothing. Raises StudyFileError where nothing is left.
+    """
+    entries = spec.model_dump(mode="json")["space"]
+    mistakes = list[Mistake]()
+    for name, entry in spec.space.items():
+        values = [params[name] for params in best if name in params]
+        if values and not isinstance(entry, Layers):
+            try:
+                entries[name] |= _part(entry, values)
+            except ValueError as error:
+                mistakes.append((("space", name), str(error)))
+    source = f"study '{spec.name}', narrowed"
+    if mistakes:
+        raise StudyFileError([_line(source, path, text) for path, text in mistakes])
+    return restore(spec.model_dump(mode="json") | {"space": entries}, source)
+
+
+def _part(entry: Range | Choice, values: Sequence[Scalar]) -> dict[str, Any]:
+    """What is left of an entry where these values lie, as fields of its model."""
+    numbers = _numbers(values)
+    if isinstance(entry, Range):
+        low, high = max(entry.low, min(numbers)), min(entry.high, max(numbers))
+        if low >= high:
+            raise ValueError(f"{entry.low:g} to {entry.high:g} and {min(numbers):g} to {max(numbers):g} share no range")
+        return {"low": low, "high": high}
+    if numbers and (listed := _numbers(entry.choices)):
+        least = max((c for c in listed if c <= min(numbers)), default=min(listed))
+        greatest = min((c for c in listed if c >= max(numbers)), default=max(listed))
+        return {"choices": [c for c in listed if least <= c <= greatest]}
+    if not (kept := [choice for choice in entry.choices if choice in values]):
+        raise ValueError(f"none of {_listed(map(str, entry.choices))} is among {_listed(set(map(str, values)))}")
+    return {"choices": kept}
+
+
+def _numbers(values: Sequence[Scalar]) -> list[float]:
+    """The values if all of them are numbers, or none."""
+    numbers = [value for value in values if not isinstance(value, str | bool)]
+    return numbers if len(numbers) == len(values) else []
+
+
 def difference(stored: StudySpec, given: StudySpec) -> list[str]:
     """Where two studies of one name differ in what their trials are, one line each; empty: one resumes the other."""
     leaves = [dict(_leaves((), s.model_dump(mode="json", exclude=set(s.SECONDARY)))) for s in (stored, given)]
@@ -788,12 +859,12 @@ def loads(text: str, source: str = "study", overrides: Sequence[str] = ()) -> St
     raise StudyFileError(lines)
 
 
-def restore(stored: Mapping[str, Any]) -> StudySpec:
+def restore(stored: Mapping[str, Any], source: str | None = None) -> StudySpec:
     """The study whose `to_json` was stored. Raises StudyFileError when another version of Sieve wrote it."""
     try:
         return StudySpec.model_validate(dict(stored))
     except ValidationError as error:
-        source = f"stored study {_short(stored.get('name'))}"
+        source = source or f"stored study {_short(stored.get('name'))}"
         raise StudyFileError([_line(source, path, text) for path, text in _mistakes(error)]) from None
 
 
@@ -973,6 +1044,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "confirm": Confirm,
     "limits": Limits,
     "published": Published,
+    "space_from": SpaceFrom,
     **{model.__name__: model for model in (StudySpec, Range, Choice, Layers)},
     **{method: model for model in _METHODS for method in get_args(model.model_fields["method"].annotation)},
 }

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from core.train import Evaluation, TrainConfig
 from search import errors
 from search.errors import StudyFileError
-from search.study import Choice, Range, StudySpec, difference, load, loads, restore
+from search.study import Choice, Range, StudySpec, difference, load, loads, narrowed, restore
 
 STUDIES = sorted((Path(__file__).parent.parent / "studies").glob("*.yaml"))
 
@@ -216,6 +216,45 @@ def test_difference_names_what_would_change_trials() -> None:
     assert difference(restore(WHOLE), restore(free)) == []
 
 
+OTHER = [
+    {"eta": 3e-4, "hidden_sizes": "[60]", "lambda": 0.12, "units": 1},
+    {"eta": 2e-3, "hidden_sizes": "[40]", "lambda": 0.2},
+]
+
+
+def wide(**entries: Any) -> StudySpec:
+    given = {
+        "eta": [0.1, 1e-2, 1e-3, 1e-4, 1e-5],
+        "hidden_sizes": [[60], [80]],
+        "lambda": {"low": 0.0, "high": 0.15},
+        "momentum": [0.0, 0.5],
+    } | entries
+    return restore(study(space=given, space_from={"study": "other"}, search={"method": "grid", "points": 2}))
+
+
+def test_a_space_is_narrowed_to_where_anothers_best_lie() -> None:
+    """Listed numbers are rounded outward, ranges cut, other lists filtered; what was not searched stays."""
+    spec = narrowed(wide(), OTHER)
+    assert spec.dimensions == {
+        "eta": Choice(choices=(1e-2, 1e-3, 1e-4)),
+        "hidden_sizes": Choice(choices=("[60]",)),
+        "lambda": Range(low=0.12, high=0.15),
+        "momentum": Choice(choices=(0.0, 0.5)),
+    }
+    assert narrowed(spec, OTHER) == spec
+    assert narrowed(wide(eta=[1e-5, 1e-6]), OTHER).dimensions["eta"] == Choice(choices=(1e-5,))
+
+
+def test_a_space_with_nothing_left_is_refused() -> None:
+    """Each entry that shares nothing with the other study's best gets a line."""
+    with pytest.raises(StudyFileError) as caught:
+        narrowed(wide(**{"lambda": {"low": 1.0, "high": 2.0}, "hidden_sizes": [[7]]}), OTHER)
+    assert caught.value.mistakes == [
+        "study 'x', narrowed: space.hidden_sizes: none of [7] is among [40], [60]",
+        "study 'x', narrowed: space.lambda: 1 to 2 and 0.12 to 0.2 share no range",
+    ]
+
+
 def test_overrides_change_any_part() -> None:
     """--set takes YAML values, makes missing sections, reaches into lists and shorthands, and null removes."""
     text = json.dumps(study(search={"method": "coarse-to-fine", "stages": [{}, {}]}, base={"eta": 0.1}))
@@ -271,7 +310,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown key": (study(serach={}), ["serach: unknown key; did you mean search?"]),
     "unknown word": (study(limits={"x": 1}), ["limits.x: unknown key; known here: minutes, trials"]),
     "strange key": (study(**{"a\nb": 1}), ["'a\\nb': unknown key; known here: base, confirm, dataset, description, "
-                    "limits, metric, name, pruner, published, repeats, search, seed, space"]),
+                    "limits, metric, name, pruner, published, remarks, repeats, search, seed, space, space_from"]),
     "unknown in base": (study(base={"momentun": 1}), ["base.momentun: unknown key; did you mean momentum?"]),
     "python's lambda": (study(base={"lam": 1}), ["base.lam: unknown key; did you mean lambda?"]),
     "unknown in a stage": (
@@ -492,6 +531,26 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "published for nothing": (
         study(published=[{"where": {"etta": 1}, "value": "best"}]),
         ["published.0.where.etta: unknown key; did you mean eta?", "published.0.value: expected a number, got 'best'"],
+    ),
+    "published twice": (
+        study(published=[{"below": {"lambda": 1}, "value": 0.5}, {"tolerance": 0.1}]),
+        [
+            "published.0.below: expected either value or below, got both",
+            "published.0.where: required beside below, but not given",
+            "published.1.tolerance: expected none without a value",
+        ],
+    ),
+    "unknown in space_from": (
+        study(space_from={"study": "x", "topp": 1}),
+        ["space_from.topp: unknown key; did you mean top?"],
+    ),
+    "space from this study": (
+        study(space_from={"study": "x"}),
+        ["space_from.study: expected another study, got this one"],
+    ),
+    "space of a list from another": (
+        study(space=None, space_from={"study": "y"}, search={"method": "list", "settings": [{"lambda": 0}]}),
+        ["space_from: expected none beside method list, whose settings are the space"],
     ),
 }  # fmt: skip
 
