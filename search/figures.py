@@ -21,9 +21,9 @@ Array = NDArray[Any]
 Box = tuple[float, float, float, float]  # x low, x high, y low, y high
 
 MAX_UNITS = 100
-LOUDEST = 4.0
+LOUDEST = 2.0
 RUN_LENGTHS = 3  # zlib's Z_RLE: on these pictures faster than its default, and not larger
-TILE = 64  # small images are enlarged to about this many pixels
+TILE = 64
 GAP = 2
 BACKGROUND = (255, 255, 255)
 INK = (40, 40, 40)
@@ -39,6 +39,7 @@ def weight_tiles(
     *,
     scale: Array | None = None,
     classes: Sequence[str] | None = None,
+    tile: int = TILE,
 ) -> Image.Image:
     """The units of a first layer w [d, h] side by side, at most 100 of them.
 
@@ -46,7 +47,8 @@ def weight_tiles(
     scale [d]: draw w * scale, the weights in pixel space: a network that is given (x - mean) * scale and has
     the weights w is the same function of the pixels x as one with the weights w * scale. Pixels that hardly vary
     have a huge scale: they are drawn with at most LOUDEST times the median one, or nothing else would show.
-    Each tile spans its own mean plus and minus 2.5 deviations, so that its pattern shows whatever its size.
+    tile: about how many pixels a side a unit gets. It spans its own mean plus and minus 2.5 deviations, so that
+    its pattern shows whatever its size.
     """
     w = np.nan_to_num(np.asarray(w[:, :MAX_UNITS], np.float32), posinf=0.0, neginf=0.0)
     if scale is not None:
@@ -60,7 +62,7 @@ def weight_tiles(
     else:
         height, width = image_shape[:2]
         tiles = tiles.reshape(-1, height, width, 1).repeat(3, axis=3)
-    return _mosaic(tiles, classes)
+    return _mosaic(tiles, classes, tile)
 
 
 def _stretch(rows: Array) -> Array:
@@ -73,12 +75,12 @@ def _stretch(rows: Array) -> Array:
     return np.asarray(np.clip(centred, 0, 255), np.uint8)
 
 
-def _mosaic(tiles: Array, names: Sequence[str] | None) -> Image.Image:
-    """tiles [n, H, W, 3] bytes in rows of ten (five for ten or fewer), enlarged, with names below."""
+def _mosaic(tiles: Array, names: Sequence[str] | None, size: int) -> Image.Image:
+    """tiles [n, H, W, 3] bytes in about as many rows as columns (at most five columns of ten), with names below."""
     n, height, width, _ = tiles.shape
-    columns = min(n, 5 if n <= 10 else 10)
+    columns = min(n, 5) if n <= 10 else math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    zoom = max(1, round(TILE / max(height, width)))
+    zoom = max(1, round(size / max(height, width)))
     label = 14 if names else 0
     cell_h, cell_w = height * zoom + GAP + label, width * zoom + GAP
     canvas = np.full((rows * cell_h + GAP, columns * cell_w + GAP, 3), 255, np.uint8)
@@ -117,16 +119,23 @@ def confusion_matrix(counts: ArrayLike, classes: Sequence[str] = ()) -> Image.Im
     cell = 36 if c <= 20 else max(4, 720 // c)
     font = _font(11)
     margin = 12 + int(max(font.getlength(name) for name in names))
-    image = Image.new("RGB", (margin + c * cell + 8, 40 + c * cell + 8), BACKGROUND)
+    upright = margin > cell >= 12  # the names do not fit above their columns
+    top = 20 + (margin if upright else 20)
+    image = Image.new("RGB", (margin + c * cell + 8, top + c * cell + 8), BACKGROUND)
     draw = ImageDraw.Draw(image)
     draw.text((margin + c * cell / 2, 12), "predicted", fill=INK, font=font, anchor="mm")
     draw.text((4, 12), "true", fill=INK, font=font, anchor="lm")
-    fits = max(1, cell // 7)
+    if upright:
+        strip = Image.new("RGB", (margin, c * cell), BACKGROUND)
+        for j, name in enumerate(names):
+            ImageDraw.Draw(strip).text((6, (j + 0.5) * cell), name, fill=INK, font=font, anchor="lm")
+        image.paste(strip.rotate(90, expand=True), (margin, top - margin))
     for i in range(c):
-        y = 40 + i * cell
+        y = top + i * cell
         if cell >= 12:
             draw.text((margin - 6, y + cell / 2), names[i], fill=INK, font=font, anchor="rm")
-            draw.text((margin + (i + 0.5) * cell, 30), names[i][:fits], fill=INK, font=font, anchor="mm")
+            if not upright:
+                draw.text((margin + (i + 0.5) * cell, top - 10), names[i], fill=INK, font=font, anchor="mm")
         for j in range(c):
             x, s = margin + j * cell, float(share[i, j])
             colour = (round(255 - 224 * s), round(255 - 136 * s), round(255 - 75 * s))
@@ -214,7 +223,7 @@ def curves(x: ArrayLike, history: Mapping[str, ArrayLike], *, title: str = "", x
         axis.set(xlabel=x_label, ylabel=panel)
         axis.grid(alpha=0.3)
         if panel != "eta":
-            axis.legend(loc="lower right" if panel == "accuracy" else "upper right")
+            axis.legend(loc="best")
     return figure
 
 
@@ -232,7 +241,8 @@ def _band(axis: "Axes", x: Array, values: Array, label: str | None, colour: Any,
     mean = np.nanmean(values, axis=0)
     axis.plot(x, mean, style, label=label, color=colour, marker="o" if len(x) == 1 else None)
     if len(values) > 1:
-        deviation = np.nanstd(values, axis=0)
+        runs = (~np.isnan(values)).sum(axis=0)
+        deviation = np.nanstd(values, axis=0) * np.sqrt(runs / np.maximum(runs - 1, 1))  # of a sample
         axis.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
 
 
@@ -275,7 +285,7 @@ def heat_map(xs: Sequence[Any], ys: Sequence[Any], values: Sequence[float], *, n
     middle = np.nanmean(cells) if np.isfinite(cells).any() else 0.0
     for i, j in np.argwhere(np.isfinite(cells)):
         colour = "black" if cells[i, j] > middle else "white"
-        axis.text(j, i, f"{cells[i, j]:.4g}", ha="center", va="center", color=colour)
+        axis.text(j, i, f"{cells[i, j]:#.4g}", ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axis, label=names[2])
     return figure
 
@@ -330,14 +340,15 @@ def slices(
     """A result by each parameter: one panel for each, one point for each trial, coloured by stage.
 
     points: parameter -> one entry for each trial. log: the parameters on a logarithmic axis. choices: the
-    parameters that are no numbers on an axis, with their values in order. Far outliers (see fences) are drawn as
+    parameters that are no numbers on an axis, with their values. Far outliers (see fences) are drawn as
     triangles at the edge.
     """
-    figure, axes = _figure(len(points), "", width=max(3.2 * len(points), 4.5))
+    figure, axes = _figure(len(points), "", width=max(3.2 * len(points), 4.5), height=3.6)
+    figure.subplots_adjust(bottom=0.24)
     axes[0].set_ylabel(y_label)
     low, high = fences(values)
     for axis, (name, xs) in zip(axes, points.items(), strict=True):
-        words = (choices or {}).get(name)
+        words = _ordered(choices[name]) if choices and name in choices else None
         for stage, colour in _colours(stages).items():
             for marker, label in (("o", stage), ("v", None), ("^", None)):
                 met = [
@@ -353,7 +364,8 @@ def slices(
             axis.set_xticks(range(len(words)), [_short(w) for w in words], rotation=20 if len(words) > 3 else 0)
         axis.grid(alpha=0.3)
     if len(set(stages)) > 1:
-        axes[-1].legend(fontsize="small")
+        figure.subplots_adjust(right=1 - 1 / figure.get_figwidth())
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
     return figure
 
 

@@ -373,6 +373,15 @@ def run_name(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
 
 
+def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table, its columns named by the first row's keys; nothing without rows."""
+    every = list(rows)
+    if not every:
+        return ""
+    lines = [list(every[0]), ["---"] * len(every[0]), *(list(map(str, row.values())) for row in every)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 

@@ -323,6 +323,11 @@ def stages(spec: StudySpec) -> list[StageInfo]:
     return [StageInfo(stage.name, stage.configurations * len(stage.repeats)) for stage in _stages(spec)]
 
 
+def siblings(spec: StudySpec, slot: Slot) -> list[Slot]:
+    """The slots of a slot's configuration, one for each repeat, itself among them."""
+    return [Slot(slot.stage, slot.index, repeat) for repeat in _stages(spec)[slot.stage].repeats]
+
+
 def propose(
     spec: StudySpec,
     finished: Sequence[Finished],

@@ -28,7 +28,7 @@ from search import figures, plan
 from search.errors import StudyFailed
 from search.outbox import Outbox, progress_points, run_name, unpack
 from search.plan import Finished, Result, Slot
-from search.run import Outcome, conclude, results, score
+from search.run import Outcome, conclude, results, score, side
 from search.settings import Settings
 from search.storage import Attempt, StudyRecord, finished_attempts
 from search.study import Choice, Published, Range, StudySpec
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FEW = 6  # configurations that are all drawn; of more, the BEST
 BEST = 3
 PAIRS = 6  # heat maps, or search paths
+TEMPLATE = 96  # pixels of a class's template
 STATES = {TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
 
@@ -555,7 +556,8 @@ def slices(material: Material) -> list[Drawing]:
     log = {name for name, d in axes.items() if isinstance(d, Range) and d.log}
     choices = {name: d.choices for name, d in axes.items() if isinstance(d, Choice)}
     stages, values = [a.attrs["stage"] for a in found], [a.value for a in found]
-    caption = f"{spec.metric} by each parameter; triangles lie far beyond the axis"
+    beyond = figures.fences(values) != (min(values), max(values))
+    caption = f"{spec.metric} by each parameter" + ("; triangles lie far beyond the axis" if beyond else "")
     draw = partial(figures.slices, points, values, stages, y_label=spec.metric, log=log, choices=choices)
     return [Drawing(caption, draw)]
 
@@ -570,7 +572,8 @@ def layers(material: Material) -> list[Drawing]:
             what = "templates of the classes" if layer.classes else units
             name = f"{run_name(configuration.params)} · {slot} · {what}"
             shown = {"": None} if layer.scale is None else {" as trained": None, " in pixel space": layer.scale}
-            draw = partial(figures.weight_tiles, layer.w, layer.image_shape, classes=layer.classes)
+            tile = TEMPLATE if layer.classes else figures.TILE
+            draw = partial(figures.weight_tiles, layer.w, layer.image_shape, classes=layer.classes, tile=tile)
             drawn += [Drawing(name + how, partial(draw, scale=scale)) for how, scale in shown.items()]
     return drawn
 
@@ -611,19 +614,14 @@ def _stages(material: Material) -> Html:
         done = [a for a in settled.values() if a.attrs["stage"] == info.name]
         scores = [score(spec, a) for a in done]
         best = max(scores, default=-math.inf)
-        sides = ["" if box is None else _side(spec.dimensions[n], box[n]) for n in spec.dimensions]
+        sides = ["" if box is None else side(spec.dimensions[n], box[n]) for n in spec.dimensions]
         set_ = run_name(done[0].attrs["overrides"]) if done else ""
         return [info.name, info.trials, len(done), _four(abs(best)) if math.isfinite(best) else "", *sides, set_]
 
     head = ["stage", "planned", "done", f"best {spec.metric}", *spec.dimensions, "set by the stage"]
-    return _table(head, (row(info, box) for info, box in _boxes(material)), id="stages")
-
-
-def _side(dimension: Range | Choice, side: Sequence[Any]) -> str:
-    """One side of a box in words."""
-    if isinstance(dimension, Choice):
-        return ", ".join(map(_number, side))
-    return f"{side[0]:.3g} to {side[1]:.3g}"
+    rows = [row(info, box) for info, box in _boxes(material)]
+    told = [k for k in range(len(head)) if any(row[k] != "" for row in rows)]
+    return _table([head[k] for k in told], ([row[k] for k in told] for row in rows), id="stages")
 
 
 def _space(spec: StudySpec) -> Html:
@@ -648,7 +646,7 @@ def _trials(material: Material) -> Html:
         status = "chosen" if a.slot in chosen and a.value is not None else _status(a)
         why = _tag("td", _tag("span", status, class_=f"state {status}"), " ", _reason(a))
         more = [_four(a.attrs.get(name)) for name in ("test_accuracy",)]
-        seconds = f"{a.attrs['seconds']:.1f}" if "seconds" in a.attrs else ""
+        seconds = f"{a.attrs['seconds']:.2f}" if "seconds" in a.attrs else ""
         params = [a.params.get(name, "") for name in spec.dimensions]
         return [a.number, a.attrs["stage"], str(a.slot), *params, bar, *more, seconds, why]
 
@@ -706,14 +704,14 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-al
 tr:last-child td { border-bottom: 0; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { background: linear-gradient(to right, #d6e6f2 var(--share), transparent var(--share)); }
-.state, .verdict { white-space: nowrap; }
+.state, .verdict, td.quiet { white-space: nowrap; }
 .chosen, .reproduced, .within { color: #15803d; font-weight: 600; }
 .failed, .different { color: #b91c1c; font-weight: 600; }
 .stopped { color: #b45309; }
 figure { margin: 1rem 0; }
 img { display: block; max-width: 100%; height: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 0 1.5rem; align-items: start; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 0 1.5rem;
+  align-items: start; }
 .tiles img { image-rendering: pixelated; }
 pre { overflow: auto; max-height: 30rem; padding: 1rem; background: var(--soft); border-radius: 8px; font-size: .8rem; }
 code { padding: .1rem .35rem; background: var(--soft); border-radius: 4px; }

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, field, replace
@@ -56,7 +56,7 @@ from search.storage import (
     register,
     study_names,
 )
-from search.study import Choice, Halving, StudySpec, narrowed
+from search.study import Choice, Halving, Range, StudySpec, narrowed
 from search.tracking import links, run_link
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
@@ -217,6 +217,7 @@ class Runner:
         self.rungs = spec.pruner if isinstance(spec.pruner, Halving) and spec.pruner.barrier else None
         self.waiting: list[Trial] = []  # at a rung, for the rest of their stage
         self.at_rung: dict[tuple[int, int], dict[Slot, float]] = {}  # (stage, evaluations) -> scores there
+        self.held: dict[Slot, Trial] = {}  # last repeats that wait for the others of their configuration
         self.todo: deque[Proposal] = deque()
         self.ready: list[Trial] = []
         self.flying: dict[Future[tuple[list[State], list[Progress]]], Flight] = {}
@@ -242,6 +243,7 @@ class Runner:
         self.states = Counter(a.state for a in self.settled.values())
         self.planned = sum(stage.trials for stage in plan.stages(spec))
         self.proposed_at = -1
+        self.stages: list[dict[str, Any]] = []  # as they are in the storage by now
         self.before = len(self.settled) + len(self.failed)  # done by earlier launches
         if self.rungs:
             self._remember_rungs(self.rungs)
@@ -278,6 +280,9 @@ class Runner:
                 self._collect(self.flying.pop(future), future)
             self.write_notes(every=NOTE_SECONDS)
             show(self.status())
+        if self.stopping in (None, "cancel"):
+            for trial in list(self.held.values()):
+                self._settle(trial)
         if self.stopping == "cancel":
             self._give_up()
         show(self.status())
@@ -289,7 +294,7 @@ class Runner:
             return
         self.proposed_at = settled
         finished = results(self.spec, self.settled.values(), self.failed)
-        started = {t.slot: t.params for t in self.waiting}
+        started = {t.slot: t.params for t in [*self.waiting, *self.held.values()]}
         started |= {t.slot: t.params for flight in self.flying.values() for t in flight.trials}
         known = self.settled.keys() | self.failed.keys() | started.keys()
         self.todo.extend(p for p in plan.propose(self.spec, finished, self.ask, started) if p.slot not in known)
@@ -297,7 +302,11 @@ class Runner:
             {"name": stage.name, "trials": stage.trials, "box": box}
             for stage, box in zip(plan.stages(self.spec), plan.boxes(self.spec, finished), strict=True)
         ]
-        self.record.set_attr("stages", stages)
+        if stages != self.stages:
+            self.stages = stages
+            self.record.set_attr("stages", stages)
+            words = stages_in_words(self.spec, finished)
+            self.record.note(study_note(self.spec, words, self.box.links(self.spec.name), self.settings))
 
     def _dispatch(self) -> bool:
         """Keep every worker busy with a group of trials; False when nothing is left to do."""
@@ -369,7 +378,8 @@ class Runner:
     @property
     def done(self) -> bool:
         """Whether `run` came to the end of the plan."""
-        return not (self.stopping or self.limited or self.flying or self.ready or self.waiting or self.todo)
+        left = [*self.flying, *self.ready, *self.waiting, *self.held, *self.todo]
+        return not (self.stopping or self.limited or left)
 
     # ---- a trial's beginning
 
@@ -513,11 +523,34 @@ class Runner:
         self._finish(trial)
 
     def _finish(self, trial: Trial) -> None:
-        """Settle a trial that trained to its end, diverged on the way, or was cut."""
+        """Settle a trial that trained to its end, diverged on the way, or was cut.
+
+        The last repeat of a configuration waits for the others: what is told cannot be changed any more, and its
+        row is to show the mean and deviation over all of them.
+        """
+        if self._is_early(trial.slot):
+            self.held[trial.slot] = trial
+        else:
+            self._settle(trial)
+
+    def _is_early(self, slot: Slot) -> bool:
+        """Whether this is the last repeat of a configuration of which others are still to be settled."""
+        *others, last = plan.siblings(self.spec, slot)
+        return slot == last and not all(other in self.settled or other in self.failed for other in others)
+
+    def _settle_last(self, slot: Slot) -> None:
+        """Settle the last repeat of this slot's configuration if it waited for this slot."""
+        last = self.held.get(plan.siblings(self.spec, slot)[-1])
+        if last and not self._is_early(last.slot):
+            self._settle(last)
+
+    def _settle(self, trial: Trial) -> None:
+        self.held.pop(trial.slot, None)
         value = self.spec.value(trial.progress.evaluations)
         diverged = trial.state.diverged or (None if math.isfinite(value) else "there is no finite value")
         state = TrialState.PRUNED if diverged else TrialState.COMPLETE
-        attrs = self._results(trial) | ({"reason": diverged} if diverged else {})
+        attrs: dict[str, Any] = dict(self._results(trial))
+        attrs |= {"reason": diverged} if diverged else self._over_repeats(trial.slot, value)
         image = artifact_id(trial.uid(self.spec.name))
         self.record.finish(trial.trial_id, state, None if diverged else value, attrs, image)
         failpoint("told")
@@ -527,6 +560,16 @@ class Runner:
         if score(self.spec, settled) > (score(self.spec, self.best) if self.best else WORST):
             self.best = settled
         checkpoint.remove(self._checkpoint(trial))
+        self._settle_last(trial.slot)
+
+    def _over_repeats(self, slot: Slot, value: float) -> dict[str, float]:
+        """Mean and deviation over all repeats of a configuration, for the row of the last; nothing for the others."""
+        *others, last = plan.siblings(self.spec, slot)
+        told = [self.settled[other] for other in others if other in self.settled]
+        values = [value, *(a.value for a in told if a.state == TrialState.COMPLETE and a.value is not None)]
+        if slot != last or not others or len(values) <= len(others):
+            return {}
+        return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values)}
 
     def _fail(self, trial: Trial, reason: str, state: TrialState = TrialState.FAIL) -> None:
         """Settle a trial that could not be trained; `sieve retry` makes another attempt at its slot."""
@@ -539,6 +582,7 @@ class Runner:
         self.failed[trial.slot] = trial.params
         self.unnoted[trial.uid(self.spec.name)] = trial.trial_id
         checkpoint.remove(self._checkpoint(trial))
+        self._settle_last(trial.slot)
 
     def _give_up(self) -> None:
         flying = [trial for flight in self.flying.values() for trial in flight.trials]
@@ -652,7 +696,7 @@ class Runner:
             complete=self.states[TrialState.COMPLETE],
             pruned=self.states[TrialState.PRUNED],
             failed=len(self.failed),
-            running=len(flying) + len(self.ready) + len(self.waiting),
+            running=len(flying) + len(self.ready) + len(self.waiting) + len(self.held),
             best=self.best.value if self.best else None,
             best_params=self.best.params if self.best else {},
             epochs_per_second=sum(epochs for _, epochs in self.epoch_times) / max(window, 1e-3),
@@ -705,6 +749,7 @@ class Outcome:
     test_accuracy: tuple[float, float | None] | None  # mean and deviation over the chosen configuration's trials
     repeated: list[plan.Result]  # configurations with several runs, best mean first, in the unit of the metric
     border: list[str]  # where the best point lies on the border of the space
+    stages: list[dict[str, Any]]  # each with its name, its trials, and in words the side of its box for each parameter
     table: list[Attempt]  # the best trials, best first
     failed: int
     unsent: int  # tracking records that did not reach MLflow yet
@@ -755,7 +800,7 @@ def launch(
             page = _page(report, record, settings, warn) if report else None
             box.put([_ended(outcome, page)])
         runner.write_notes()
-        record.note(study_note(spec, outcome, box.links(spec.name), settings))
+        record.note(study_note(spec, outcome.stages, box.links(spec.name), settings, outcome))
         return replace(outcome, unsent=box.unsent(spec.name))
 
 
@@ -784,26 +829,30 @@ def _ended(outcome: Outcome, page: bytes | None) -> Record:
     return outbox.study_ended(outcome.study, time.time(), summary(outcome), page, best=best, repeated=repeated)
 
 
-def study_note(spec: StudySpec, outcome: Outcome, shown: Mapping[str, tuple[str, str]], settings: Settings) -> str:
-    """Markdown for the study's page in the Optuna dashboard: result, links into MLflow, repeated runs, the study.
+def study_note(
+    spec: StudySpec,
+    stages: Iterable[Mapping[str, Any]],
+    shown: Mapping[str, tuple[str, str]],
+    settings: Settings,
+    outcome: Outcome | None = None,
+) -> str:
+    """Markdown for the study's page in the Optuna dashboard: result, links into MLflow, repeats, stages, the spec.
 
-    shown: uid -> (experiment id, run id) of what is in MLflow by now.
+    shown: uid -> (experiment id, run id) of what is in MLflow by now. outcome: None while the study runs.
     """
-
-    def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-        lines = [list(head), *map(list, rows)]
-        lines.insert(1, ["---"] * len(lines[0]))
-        return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
     def spread(mean: float, deviation: float | None) -> str:
         return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
 
-    chosen, repeated = outcome.chosen, outcome.repeated[:NOTED]
-    runs = "1 run" if chosen.n == 1 else f"{chosen.n} runs"
-    parts = [f"**{spec.metric} {spread(chosen.mean, chosen.deviation)}** ({runs}): {outbox.run_name(chosen.params)}"]
-    if outcome.test_accuracy:
-        parts.append(f"test_accuracy {spread(*outcome.test_accuracy)}, not used to choose")
-    parts += outcome.border
+    parts = [spec.description]
+    if outcome:
+        chosen = outcome.chosen
+        runs = "1 run" if chosen.n == 1 else f"{chosen.n} runs"
+        figures = f"**{spec.metric} {spread(chosen.mean, chosen.deviation)}** ({runs})"
+        parts.append(f"{figures}: {outbox.run_name(chosen.params)}")
+        if outcome.test_accuracy:
+            parts.append(f"test_accuracy {spread(*outcome.test_accuracy)}, not used to choose")
+        parts += outcome.border
     if spec.name in shown:
         experiment, run = shown[spec.name]
         address = links(settings, experiment)
@@ -811,12 +860,17 @@ def study_note(spec: StudySpec, outcome: Outcome, shown: Mapping[str, tuple[str,
             f"In MLflow: [charts]({address['charts']}) · [table]({address['table']}) · "
             f"[report and summary]({run_link(settings, experiment, run)})"
         )
-    if repeated:
-        rows = ([outbox.run_name(r.params), r.n, spread(r.mean, r.deviation)] for r in repeated)
-        parts.append(table(["configuration", "runs", spec.metric], rows))
-    stages = ", ".join(f"{stage.name} ({stage.trials})" for stage in plan.stages(spec))
-    about = f"{spec.search.method} on {spec.dataset.name}, seed {spec.seed}; stages: {stages}"
-    return "\n\n".join([*parts, about, *([spec.description] if spec.description else [])])
+    if outcome:
+        parts.append(
+            outbox.markdown(
+                {"configuration": outbox.run_name(r.params), "runs": r.n, spec.metric: spread(r.mean, r.deviation)}
+                for r in outcome.repeated[:NOTED]
+            )
+        )
+    parts.append(f"{spec.search.method} on {spec.dataset.name}, seed {spec.seed}")
+    parts.append(outbox.markdown(stages))
+    parts.append(f"```json\n{json.dumps(json.loads(spec.to_json()), indent=1)}\n```")
+    return "\n\n".join(part for part in parts if part)
 
 
 def versions() -> dict[str, str]:
@@ -896,10 +950,28 @@ def conclude(record: StudyRecord) -> Outcome:
         repeated=[replace(result, mean=sign * result.mean) for result in configurations if result.n > 1],
         test_accuracy=(statistics.mean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else None,
         border=plan.border(spec, finished),
+        stages=stages_in_words(spec, finished),
         table=best_first(spec, settled.values()),
         failed=len(failed),
         unsent=0,
     )
+
+
+def stages_in_words(spec: StudySpec, finished: list[Finished]) -> list[dict[str, Any]]:
+    """Each stage with its trials, and for each parameter the side of its box; none before the box is known."""
+
+    def sides(box: plan.Box | None) -> dict[str, str]:
+        return {name: side(d, box[name]) if box else "" for name, d in spec.dimensions.items()}
+
+    every = zip(plan.stages(spec), plan.boxes(spec, finished), strict=True)
+    return [{"stage": stage.name, "trials": stage.trials} | sides(box) for stage, box in every]
+
+
+def side(dimension: Range | Choice, ends: Sequence[Any]) -> str:
+    """One side of a box in words."""
+    if isinstance(dimension, Choice):
+        return ", ".join(map(str, ends))
+    return f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -917,6 +989,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "test_accuracy": mean,
         "test_deviation": deviation,
         "border": outcome.border,
+        "stages": outcome.stages,
         "failed": outcome.failed,
         "unsent": outcome.unsent,
     }

@@ -480,9 +480,11 @@ class StudyRecord:
 
     @_durable
     def note(self, body: str, trial_id: int | None = None) -> None:
-        """Markdown for the dashboard, on a trial or on the study; at most 2,000 characters are kept."""
-        prefix = "dashboard:" if trial_id is None else f"dashboard:{trial_id}:"
-        self.storage.set_study_system_attr(self.study_id, f"{prefix}note_str:0", body[:2000])
+        """Markdown for the dashboard; of a trial's at most 2,000 characters are kept, of the study's 10,000."""
+        prefix, parts = ("dashboard:", 5) if trial_id is None else (f"dashboard:{trial_id}:", 1)
+        for part in range(parts):
+            text = body[2000 * part : 2000 * (part + 1)]
+            self.storage.set_study_system_attr(self.study_id, f"{prefix}note_str:{part}", text)
         self.storage.set_study_system_attr(self.study_id, f"{prefix}note_ver", 1)
 
     @_durable

@@ -29,7 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 
 from search import figures
 from search.failpoint import failpoint
-from search.outbox import Outbox, Record, artifact_id, progress_points, unpack
+from search.outbox import Outbox, Record, artifact_id, markdown, progress_points, unpack
 from search.settings import Settings
 
 POLL_SECONDS = 0.3
@@ -38,7 +38,8 @@ BATCH = 64  # records fetched at a time
 MOST_FAILURES = 10  # of one trial's records while the server answers everything else
 UID = "sieve.uid"
 VIEW = "sieve"
-WIDE = ("Which setting won", "Weights and confusion matrices")  # sections of the saved view
+WIDE = {"Which setting won": 480, "Weights and confusion matrices": 800}  # sections of one column, and its height
+FIXED = {"attributes.`Run Name`": 340, "runDateAndNestInfo": 130, "duration": 80}  # its first columns, and their widths
 NOTE = "mlflow.note.content"
 LOG10 = "log10_"
 LONGEST_PARAM = 6000  # MLflow cuts longer ones without a word
@@ -322,17 +323,20 @@ class _Publisher:
 
     def _study_begun(self, record: Record) -> None:
         experiment_id, begun = self._experiment(record.study), record.payload
-        spec = begun["spec"]
-        dashboard = self._dashboard(begun["optuna_study_id"])
-        text = f"{spec.get('description') or ''}\n\n[Charts]({links(self.settings, experiment_id)['charts']})"
-        text += f" · [Optuna dashboard]({dashboard})\n\n```json\n{json.dumps(spec, indent=2)}\n```"
-        tags = begun["tags"] | {
-            "sieve.study": record.study,
-            NOTE: text.strip()[:LONGEST_NOTE],
-            f"mlflow.sharedViewState.{VIEW}": saved_view(spec, begun["dimensions"], _ms(record.when)),
-        }
+        tags = begun["tags"] | {"sieve.study": record.study}
         for key, value in tags.items():
             self.client.set_experiment_tag(experiment_id, key, str(value))
+        self._describe(record, begun)
+
+    def _describe(self, record: Record, begun: Mapping[str, Any], result: str = "", *, by_mean: bool = False) -> None:
+        """The experiment's description and its saved view, at the study's beginning and with the result at its end."""
+        experiment_id, spec = self._experiment(record.study), begun["spec"]
+        charts, dashboard = links(self.settings, experiment_id)["charts"], self._dashboard(begun["optuna_study_id"])
+        parts = [spec.get("description"), f"[Charts]({charts}) · [Optuna dashboard]({dashboard})", result]
+        text = "\n\n".join([part for part in parts if part] + [f"```json\n{json.dumps(spec, indent=2)}\n```"])
+        view = saved_view(spec, begun["dimensions"], _ms(record.when), by_mean=by_mean)
+        for key, value in {NOTE: text[:LONGEST_NOTE], f"mlflow.sharedViewState.{VIEW}": view}.items():
+            self.client.set_experiment_tag(experiment_id, key, value)
 
     def _study_ended(self, record: Record) -> None:
         from mlflow.entities import Metric, RunTag
@@ -341,10 +345,12 @@ class _Publisher:
         experiment_id, run_id = self._run(record.study, record.study)
         numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         chosen = summary.get("params") or {}
-        rows = [f"| {name} | {value} |" for name, value in (chosen | numbers).items()]
+        result = markdown({"chosen": name, "": value} for name, value in (chosen | numbers).items())
+        if stages := markdown(summary.get("stages") or []):
+            result += f"\n\n{stages}"
         address = links(self.settings, experiment_id)
-        note = f"Result of study **{record.study}**: [charts]({address['charts']}), [table]({address['table']})\n\n"
-        note += "\n".join(["| chosen | |", "|---|---|", *rows])
+        note = f"Result of study **{record.study}**: [charts]({address['charts']}), [table]({address['table']})"
+        note = f"{note}\n\n{result}"
         tags = {f"chosen.{name}": str(value) for name, value in chosen.items()} | {NOTE: note[:LONGEST_NOTE]}
         metrics = [Metric(f"summary/{k}", float(v), _ms(record.when), 0) for k, v in numbers.items()]
         self.client.log_batch(run_id, metrics, tags=[RunTag(k, v) for k, v in tags.items()])
@@ -361,6 +367,7 @@ class _Publisher:
             if self.box.records(uid, "trial_begun"):
                 both = [Metric(f"repeats/{k}", round(float(v), 6), _ms(record.when), 0) for k, v in figures_of.items()]
                 self.client.log_batch(self._run(record.study, uid)[1], both)
+        self._describe(record, self._begun(record.study), result, by_mean=bool(record.payload.get("repeated")))
         self.client.set_terminated(run_id, "FINISHED", _ms(record.when))
 
     # ---- a trial
@@ -636,20 +643,22 @@ def _one_line(error: BaseException) -> str:
 # ---- the saved view: what a person sees when the link is opened
 
 
-def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: int) -> str:
+def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: int, *, by_mean: bool = False) -> str:
     """The value of the experiment tag that MLflow's UI opens as a view: columns, order, charts, image grids.
 
-    dimensions: searched parameter -> "log" | "linear" | "choice". created: milliseconds. The format is the
-    UI's own, and not documented: it belongs to the MLflow version that pyproject.toml pins.
+    dimensions: searched parameter -> "log" | "linear" | "choice". created: milliseconds. by_mean: order the runs
+    by their configuration's mean over repeats, which is what the choice is made on; it is known at the end. The
+    format is the UI's own, and not documented: it belongs to the MLflow version that pyproject.toml pins.
     """
     metric = f"result/{spec.get('metric', 'val_accuracy')}"
     ascending = metric.endswith(("loss", "cost"))
     axes = list(dimensions)
     logs = [LOG10 + name for name, scale in dimensions.items() if scale == "log"]
     parallel = [LOG10 + name if scale == "log" else name for name, scale in dimensions.items()]
-    shown = dict.fromkeys([metric, "result/best_val_accuracy", "result/test_accuracy"])
-    if spec.get("confirm") or spec.get("repeats", 1) > 1:
-        shown |= dict.fromkeys(["repeats/mean", "repeats/deviation"])
+    repeated = bool(spec.get("confirm")) or spec.get("repeats", 1) > 1
+    shown = [*(["repeats/mean", "repeats/deviation"] if repeated else []), metric, "result/test_accuracy"]
+    named = {"metrics": dict.fromkeys(shown), "params": axes, "tags": ["stage", "slot", "repeat"]}
+    columns = {f"{kind}.`{name}`": 7 * max(len(name), 8) + 40 for kind, names in named.items() for name in names}
     charts: dict[str, list[dict[str, Any]]] = {
         "Which setting won": [
             {"type": "PARALLEL", "displayName": "Parameters and result", "selectedMetrics": [metric],
@@ -678,19 +687,15 @@ def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: 
     numbered = [(f"s{i}", name, group) for i, (name, group) in enumerate(charts.items(), start=1)]
     state = {
         "searchFilter": "tags.kind = 'trial'",
-        "orderByKey": f"metrics.`{metric}`",
+        "orderByKey": "metrics.`repeats/mean`" if by_mean else f"metrics.`{metric}`",
         "orderByAsc": ascending,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [
-            *(f"metrics.`{name}`" for name in shown),
-            *(f"params.`{name}`" for name in axes),
-            *(f"tags.`{name}`" for name in ("stage", "slot", "repeat")),
-        ],
-        "columnOrder": [],
-        "columnWidths": {},
+        "selectedColumns": list(columns),
+        "columnOrder": [*FIXED, *columns],
+        "columnWidths": FIXED | columns,
         "runsHiddenMode": "FIRST_20_RUNS",
         "viewMaximized": False,
         "runListHidden": False,
@@ -707,7 +712,7 @@ def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: 
         ],
         "compareRunSections": [
             {"uuid": section, "name": name, "display": True, "isReordered": False, "deleted": False,
-             "isGenerated": False, "columns": 2 if name in WIDE else 3, "cardHeight": 480 if name in WIDE else 360}
+             "isGenerated": False, "columns": 1 if name in WIDE else 3, "cardHeight": WIDE.get(name, 360)}
             for section, name, _ in numbered
         ],
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Pictures: what is drawn where, told by pixels and by matplotlib's own objects."""
 
 import io
+import statistics
 import time
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_patterns_show_whatever_their_size() -> None:
 def test_pixel_space_multiplies_by_the_scale() -> None:
     """A network on (x - mean) * scale with weights w is one on x with weights w * scale, and so it is drawn."""
     rng = np.random.default_rng(1)
-    w, scale = rng.normal(size=(64, 3)).astype(np.float32), rng.uniform(0.1, 9, 64).astype(np.float32)
+    w, scale = rng.normal(size=(64, 3)).astype(np.float32), rng.uniform(1, 1.9, 64).astype(np.float32)
     drawn = figures.weight_tiles(w, (8, 8), scale=scale)
     assert drawn.tobytes() == figures.weight_tiles(w * scale[:, None], (8, 8)).tobytes()
 
@@ -78,6 +79,16 @@ def test_a_confusion_matrix_is_dark_where_the_counts_are(c: int) -> None:
     assert corner[0] == corner[1] < corner[2]
 
 
+def test_long_class_names_stand_upright_above_their_columns() -> None:
+    """Every letter of a name is there: the strip above a column holds as much ink as the one beside its row."""
+    names = ["automobile", "ship"]
+    image = np.asarray(figures.confusion_matrix(np.zeros((2, 2), int), names)).astype(int)
+    height, width, _ = image.shape
+    beside = (image[height - 80 : height - 44, : width - 80] < 128).sum()
+    above = (image[20 : height - 80, width - 80 : width - 44] < 128).sum()
+    assert above == beside > 0
+
+
 def test_thumbnails_are_small_webp() -> None:
     """A large picture shrinks to the asked size, a small one keeps its own."""
     large = figures.thumbnail(Image.new("RGB", (900, 300)), 320)
@@ -89,7 +100,7 @@ def test_thumbnails_are_small_webp() -> None:
 
 
 def test_the_band_is_one_deviation_over_repeats() -> None:
-    """Repeats at 1 and 3: the line is at 2, the band from 1 to 3; one that stopped early counts while it ran."""
+    """The line is at the mean, the band as wide as the tables say; a run that stopped early counts while it ran."""
     x, table = figures.stack(
         [
             [(0, {"loss/train": 1.0}), (1, {"loss/train": 1.0})],
@@ -101,7 +112,8 @@ def test_the_band_is_one_deviation_over_repeats() -> None:
     assert list(line.get_ydata()) == [2.0, 1.0]
     band = axis.collections[0].get_paths()[0].vertices
     at_zero = band[band[:, 0] == 0, 1]
-    assert (at_zero.min(), at_zero.max()) == (1.0, 3.0)
+    deviation = statistics.stdev([1.0, 3.0])
+    assert (at_zero.min(), at_zero.max()) == pytest.approx((2.0 - deviation, 2.0 + deviation))
 
 
 def test_curves_draw_the_panels_there_is_data_for() -> None:
@@ -123,7 +135,7 @@ def test_a_heat_map_averages_repeats_and_orders_numbers() -> None:
     axis = figure.axes[0]
     assert [t.get_text() for t in axis.get_xticklabels()] == ["0.01", "0.1"]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["b", "a"]
-    assert sorted(t.get_text() for t in axis.texts) == ["2", "2"]
+    assert sorted(t.get_text() for t in axis.texts) == ["2.000", "2.000"]
 
 
 def test_a_search_path_has_a_colour_and_a_box_for_each_stage() -> None:

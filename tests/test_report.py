@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optuna import load_study
 from optuna.trial import TrialState
+from optuna_dashboard import get_note
 from typer.testing import CliRunner
 
 from search import report, run, study
@@ -100,7 +103,7 @@ def outcome(spec: StudySpec, runs: Sequence[Attempt], **parts: Any) -> Outcome:
     repeated = [chosen] if len(runs) > 1 else []
     return Outcome(**{
         "study": spec.name, "metric": spec.metric, "chosen": chosen, "test_accuracy": test, "repeated": repeated,
-        "border": [], "table": list(runs), "failed": 0, "unsent": 0, **parts,
+        "border": [], "stages": [], "table": list(runs), "failed": 0, "unsent": 0, **parts,
     })  # fmt: skip
 
 
@@ -248,7 +251,7 @@ def test_a_grid_becomes_a_heat_map() -> None:
     ]
     page = Page(report.page(Material(spec, runs, outcome(spec, runs[:2]))))
     drawn = page.picture("val_loss by eta and lambda", "mean over repeats")
-    for text in ("0.25", "1.25", "2.25", "3.25", "eta", "lambda", "val_loss"):
+    for text in ("0.2500", "1.250", "2.250", "3.250", "eta", "lambda", "val_loss"):
         assert f"<!-- {text} -->" in drawn
 
 
@@ -267,7 +270,9 @@ def test_a_grid_of_three_axes_shows_the_best_over_the_third() -> None:
     page = Page(report.page(Material(spec, runs, outcome(spec, runs[-1:]))))
     assert sum("(best over" in caption for caption in page.pictures) == 3
     drawn = page.picture("eta", "lambda", "best over batch_size")
-    assert [f"<!-- {text} -->" in drawn for text in ("0.22", "0.44", "0.66", "0.88", "0.11")] == [True] * 4 + [False]
+    assert [f"<!-- {text} -->" in drawn for text in ("0.2200", "0.4400", "0.6600", "0.8800", "0.1100")] == [
+        True
+    ] * 4 + [False]
 
 
 def test_a_study_that_was_run_is_reported_whole(settings: Settings, quick: Spec) -> None:
@@ -326,19 +331,26 @@ def test_a_study_without_a_result_has_a_report(settings: Settings, quick: Spec) 
 
 
 def test_the_note_in_the_dashboard_sums_the_study_up(settings: Settings, quick: Spec) -> None:
-    """Result with mean and deviation, links to charts and report, the repeated configurations, the study."""
-    found = run.launch(quick(description="Why?"), settings, workers=1, publish=False)
-    text = run.study_note(quick(description="Why?"), found, {"quick": ("7", "abc")}, settings)
-    assert text.startswith(f"**val_accuracy {found.chosen.mean:.4f} ± {found.chosen.deviation:.4f}** (2 runs): eta=")
+    """Question, result with mean and deviation, links, repeated configurations, each stage's box, the whole spec."""
+    spec = quick(description="Why?")
+    found = run.launch(spec, settings, workers=1, publish=False)
+    text = run.study_note(spec, found.stages, {"quick": ("7", "abc")}, settings, found)
+    parts = text.split("\n\n")
+    assert parts[0] == "Why?"
+    assert parts[1].startswith(
+        f"**val_accuracy {found.chosen.mean:.4f} ± {found.chosen.deviation:.4f}** (2 runs): eta="
+    )
     assert "[charts](http://127.0.0.1:5000/#/experiments/7/" in text
     assert "[report and summary](http://127.0.0.1:5000/#/experiments/7/runs/abc?" in text
     assert text.count("| 2 |") == 2
-    assert text.endswith(
-        "coarse-to-fine on digits, seed 0; stages: stage-1 (4), stage-2 (4), stage-3 (4), confirm (4)\n\nWhy?"
-    )
     stored = run.stored("quick", settings)
+    narrowed = "{:.3g} to {:.3g}".format(*stored.attrs["stages"][2]["box"]["eta"])
+    assert re.search(rf"^\| stage-3 \| 4 \| {narrowed} \|", text, re.MULTILINE)
+    assert json.loads(parts[-1].removeprefix("```json").removesuffix("```")) == json.loads(spec.to_json())
     attrs = stored.storage.get_study_system_attrs(stored.study_id)
-    assert attrs["dashboard:note_str:0"].startswith("**val_accuracy")
+    kept = get_note(load_study(study_name="quick", storage=stored.storage))
+    assert kept == run.study_note(spec, found.stages, {}, settings, found)
+    assert max(len(text) for key, text in attrs.items() if "note_str" in key) <= 2045  # what the dashboard allows
 
 
 def test_the_command_writes_into_a_folder_of_its_own(settings: Settings, quick: Spec, tmp_path: Path) -> None:

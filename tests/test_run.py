@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -97,6 +98,54 @@ def test_the_number_of_workers_changes_no_result(settings: Settings, quick: Spec
     launch(quick(), settings, workers=1)
     launch(quick(), other, workers=3)
     assert values(settings) == values(other)
+
+
+def test_the_last_repeat_of_a_configuration_shows_mean_and_deviation(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row alone has both, over all repeats: trained before the others, it is told after them."""
+    few = {"method": "list", "settings": [{"eta": 0.1}, {"eta": 0.01}]}
+    base = {"batch_size": 50, "epochs": 2, "hidden_sizes": [16], "lambda": 0.0}
+    spec = quick(search=few, space={}, base=base, confirm=False, repeats=3)
+    monkeypatch.setattr(run, "MOST_COLUMNS", 1)  # one trial at a time
+    launch(spec, settings, workers=1, started=lambda runner: runner.todo.extend(reversed(plan.propose(spec, []))))
+    told = {a.slot: a for a in attempts(settings)}
+    storage = run.stored("quick", settings).storage
+    assert len(told) == 6
+    for index in (0, 1):
+        repeats = [told[Slot(0, index, repeat)] for repeat in range(3)]
+        values = [a.value for a in repeats if a.value is not None]
+        assert [a.number for a in repeats] == sorted((a.number for a in repeats), reverse=True)
+        assert repeats[2].attrs["mean"] == pytest.approx(statistics.mean(values))
+        assert repeats[2].attrs["deviation"] == pytest.approx(statistics.stdev(values))
+        assert not any({"mean", "deviation"} & a.attrs.keys() for a in repeats[:2])
+        ends = [storage.get_trial(a.trial_id).datetime_complete for a in repeats]
+        assert max(ends) == ends[2]
+
+
+def test_a_last_repeat_that_waits_survives_a_stop(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it waits for the first repeat, the study goes on and tells it once, with its mean."""
+    few = {"method": "list", "settings": [{"eta": 0.1}]}
+    spec = quick(search=few, space={}, base={"epochs": 2, "hidden_sizes": [], "lambda": 0.0}, confirm=False, repeats=2)
+    monkeypatch.setattr(run, "MOST_COLUMNS", 1)
+    runners: list[run.Runner] = []
+
+    def backwards(runner: run.Runner) -> None:
+        runners.append(runner)
+        runner.todo.extend(reversed(plan.propose(spec, [])))
+
+    def stop_when_held(status: run.Status) -> None:
+        if runners[0].held:
+            runners[0].stop()
+
+    with pytest.raises(Interrupted):
+        launch(spec, settings, workers=1, started=backwards, show=stop_when_held)
+    assert [a.state.name for a in attempts(settings) if a.slot.repeat == 1] == ["RUNNING"]
+    outcome = launch(spec, settings, workers=1)
+    (last,) = [a for a in attempts(settings) if a.slot.repeat == 1]
+    assert (last.state.name, last.attrs["mean"]) == ("COMPLETE", pytest.approx(outcome.chosen.mean))
 
 
 @pytest.mark.fault

@@ -138,6 +138,13 @@ def home(settings: Settings, empty_store: Path) -> Settings:
 # ---- embedded
 
 
+def saved_state(tag: str) -> dict[str, Any]:
+    """The UI state within the tag that holds the saved view."""
+    packed = json.loads(tag)["state"].removeprefix("deflate;")
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    return state
+
+
 def test_a_trial_is_shown_whole(home: Settings) -> None:
     """Its run has the status, times, values, tags, files and description that a person looks for."""
     put(home, begun(), *trial(1))
@@ -324,10 +331,14 @@ def test_a_failed_attempt_and_its_retry_point_to_each_other(home: Settings) -> N
 
 
 def test_a_study_ends_with_a_summary_and_curves_of_its_best(home: Settings) -> None:
-    """Numbers as metrics, the choice as tags, the report as a file; only the best trials get a figure."""
+    """Numbers as metrics, the choice as tags, stages with their boxes in the note and the experiment's description,
+    the report as a file; the best trials alone get a figure, repeats their mean, by which the view orders from now on.
+    """
     summary = {"params": {"lambda": 0.1}, "mean": 0.9, "deviation": 0.01, "n": 3, "metric": "val_accuracy"}
-    records = [begun(), *trial(0), *trial(1)]
-    end = outbox.study_ended("digits", T0 + 500, summary, b"<html>report</html>", best=["digits/s0.i1.r0/1"])
+    summary["stages"] = [{"stage": "coarse", "trials": 8, "lambda": "1e-06 to 0.1"}]
+    records, best = [begun(), *trial(0), *trial(1)], "digits/s0.i1.r0/1"
+    repeated = {best: {"mean": 0.9, "deviation": 0.01}}
+    end = outbox.study_ended("digits", T0 + 500, summary, b"<html>report</html>", best=[best], repeated=repeated)
     put(home, *records, end)
     assert tracking.publish(home) == 0
     (run,) = runs(home.tracking_uri, kind="summary")
@@ -337,6 +348,14 @@ def test_a_study_ends_with_a_summary_and_curves_of_its_best(home: Settings) -> N
     assert files(home.tracking_uri, run.info.run_id) == ["report.html", "summary.json"]
     drawn = ["figures/curves.png" in files(home.tracking_uri, r.info.run_id) for r in runs(home.tracking_uri)]
     assert drawn == [False, True]
+    told = [
+        (r.data.metrics.get("repeats/mean"), r.data.metrics.get("repeats/deviation")) for r in runs(home.tracking_uri)
+    ]
+    assert told == [(None, None), (0.9, 0.01)]
+    experiment = mlflow_client(home.tracking_uri).get_experiment_by_name("digits")
+    for text in (run.data.tags["mlflow.note.content"], experiment.tags["mlflow.note.content"]):
+        assert "| coarse | 8 | 1e-06 to 0.1 |" in text
+    assert saved_state(experiment.tags["mlflow.sharedViewState.sieve"])["orderByKey"] == "metrics.`repeats/mean`"
 
 
 def test_the_saved_view_answers_which_setting_won(home: Settings) -> None:
@@ -348,8 +367,7 @@ def test_the_saved_view_answers_which_setting_won(home: Settings) -> None:
     assert experiment.tags["mlflow.note.content"].startswith("Is less more?")
     stored = experiment.tags["mlflow.sharedViewState.sieve"]
     assert len(stored) < 20_000
-    view = json.loads(stored)
-    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    state = saved_state(stored)
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`result/val_accuracy`", False)
     assert "params.`lambda`" in state["selectedColumns"]
     charts = state["compareRunCharts"]
@@ -366,8 +384,7 @@ def test_the_saved_view_answers_which_setting_won(home: Settings) -> None:
 
 def test_a_metric_to_minimise_is_ordered_upwards() -> None:
     """The best setting is on top for a loss too."""
-    view = json.loads(tracking.saved_view({"metric": "val_loss"}, {}, 0))
-    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    state = saved_state(tracking.saved_view({"metric": "val_loss"}, {}, 0))
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`result/val_loss`", True)
 
 

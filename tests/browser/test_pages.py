@@ -200,7 +200,7 @@ def test_the_report_opens_from_disk(page: Any, shown: Settings, best: Any, tmp_p
     first = page.locator("#trials tbody tr").first.inner_text()
     assert f"{best.value:.4f}" in first
     assert str(best.slot) in first
-    assert "agrees" in page.locator("#published tbody tr").first.inner_text()
+    assert "within" in page.locator("#published tbody tr").first.inner_text()
     sizes = page.evaluate("() => [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
     assert len(sizes) >= 6
     assert all(complete and natural > 50 and shown_width > 50 for complete, natural, shown_width in sizes)
