@@ -1012,8 +1012,9 @@ def resolved(spec: StudySpec, settings: Settings) -> StudySpec:
     with suppress(UnknownStudy):
         other = stored(source.study, settings)
         if other.attrs.get("state") == "done":
-            found = best_first(other.spec, finished_attempts(other.attempts()).values())
-            return narrowed(spec, [a.params for a in found[: math.ceil(source.top * len(found))]])
+            settled = finished_attempts(other.attempts()).values()  # those that diverged count among the worst
+            best = best_first(other.spec, settled)[: math.ceil(source.top * len(settled))]
+            return narrowed(spec, [a.params for a in best])
     text = f"'{source.study}' is not finished in {redact(settings.storage)}; launch it first"
     raise StudyFileError([f"study '{spec.name}': space_from.study: {text}"])
 
