@@ -260,6 +260,8 @@ def overlay(runs: Mapping[str, tuple[ArrayLike, Mapping[str, ArrayLike]]], *, x_
                 _band(axis, np.asarray(x, np.float64), values, label, colour, style)
         axis.set(xlabel=x_label, ylabel=panel, yscale="log" if panel == "loss" else "linear")
         axis.grid(alpha=0.3, which="both")
+    for formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        formatter("{x:g}")
     figure.subplots_adjust(right=0.76)
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
     return figure

@@ -177,14 +177,24 @@ def _reason(attempt: Attempt) -> str:
 class Measured(NamedTuple):
     """A figure of ours, over the runs of a setting."""
 
-    mean: float | None  # None without a run that has it
-    deviation: float | None
-    n: int
+    values: Sequence[float]  # of each run that has it
     without: int  # runs of the setting without a result
 
     @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        return statistics.stdev(self.values) if self.n > 1 else None
+
+    @property
     def variance(self) -> float:
-        return (self.deviation or 0.0) ** 2
+        return statistics.variance(self.values) if self.n > 1 else 0.0
 
 
 class Compared(NamedTuple):
@@ -236,8 +246,7 @@ def _measured(material: Material, metric: str, where: Mapping[str, Any]) -> Meas
     runs = _runs_of(material, where)
     told = [a.attrs | {material.spec.metric: a.value} for a in runs if a.value is not None]
     values = [figures[metric] for figures in told if metric in figures]
-    mean = statistics.fmean(values) if values else None
-    return Measured(mean, statistics.stdev(values) if len(values) > 1 else None, len(values), len(runs) - len(values))
+    return Measured(values, len(runs) - len(values))
 
 
 def _runs_of(material: Material, where: Mapping[str, Any]) -> list[Attempt]:
@@ -265,7 +274,7 @@ def _meets(spec: StudySpec, attempt: Attempt, where: Mapping[str, Any]) -> bool:
 
 def reason(compared: Compared) -> str:
     """Why ours differs, if it does."""
-    return compared.published.why if compared.verdict == "different" else ""
+    return compared.published.why if compared.verdict in ("different", "within seed noise") else ""
 
 
 class Html(str):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST_DRAWN = 12  # configurations of a study whose curves are laid over each other
 MOST_LINES = 6  # in one figure
+MOST_AXES = 3  # of a grid that is drawn as maps
 WIDEST = 1200  # pixels of a picture
 COLOURS = 64
 
@@ -40,7 +41,7 @@ only reported.
 Verdicts follow one rule. Within the tolerance that the study file states, a figure is **reproduced**; so is an order of
 two settings that holds by more than seeds explain. A distance of at most two standard deviations, both of a single
 run (the published figure, taken to scatter like ours) and of our mean, is **within seed noise**. All else is
-**different**, and below the table stands why.
+**different**, and below the table stands why, or that we cannot say.
 """
 
 
@@ -127,7 +128,12 @@ def section(material: Material, compared: Sequence[Compared], shown: Iterable[tu
     facts += f"{seconds / 60:.1f} minutes of training."
     if material.outcome and len(material.spec.dimensions) and len(material.attempts) > 1:
         facts += f" Chosen by {spec.metric}: {run_name(material.outcome.chosen.params)}."
-    reasons = [f"- {setting(c)}: {report.reason(c) or 'not explained.'}" for c in compared if c.verdict == "different"]
+    why = {
+        f"{setting(c)}, {c.published.metric}": report.reason(c)
+        for c in compared
+        if c.verdict == "different" or report.reason(c)
+    }
+    reasons = [f"- {what}: {text or 'not explained.'}" for what, text in why.items()]
     parts = [f'<a id="{spec.name}"></a>', f"## {spec.description}", facts, comparison(compared)]
     if reasons:
         parts += ["Where ours differs:", "\n".join(reasons)]
@@ -163,7 +169,11 @@ def _row(c: Compared) -> list[str]:
         ours += f" against {_measured(unit, c.other)}"
     if p.tolerance is not None:
         published += f" (within {unit(p.tolerance)})"
-    runs = f"{c.ours.n}" + (f", {c.ours.without} without a result" if c.ours.without else "")
+    runs = f"{c.ours.n}"
+    if c.ours.n > 1:
+        runs += f": {unit(min(c.ours.values))} to {unit(max(c.ours.values))}"
+    if c.ours.without:
+        runs += f", {c.ours.without} without a result"
     difference = "" if c.difference is None else f"{'+' if c.difference > 0 else ''}{unit(c.difference)}"
     verdict = f"**{c.verdict}**" if c.verdict == "different" else c.verdict
     note = " · ".join(text for text in (p.label if p.where else "", p.note) if text)
@@ -201,7 +211,7 @@ def drawings(material: Material) -> list[Drawing]:
     else:
         found += report.curves(material)[:1]
     if not few or len(spec.dimensions) > 1:
-        found += report.heat_maps(material) if len(spec.dimensions) == 2 else report.slices(material)
+        found += report.slices(material) if len(spec.dimensions) > MOST_AXES else report.heat_maps(material)
     return found + (templates[:1] if templates and not few else [])
 
 
