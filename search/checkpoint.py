@@ -42,7 +42,16 @@ def save(path: Path, state: State, progress: Progress) -> None:
 
 
 def load(path: Path) -> tuple[State, Progress]:
-    """What `save` wrote. Raises OSError or ValueError if it is not there or not whole."""
+    """What `save` wrote. Raises OSError if it is not there, ValueError if it is not whole, or of another version."""
+    try:
+        return _load(path)
+    except OSError:
+        raise
+    except Exception as error:  # damage shows itself in many ways
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> tuple[State, Progress]:
     with np.load(path, allow_pickle=False) as archive:
         header: dict[str, Any] = json.loads(str(archive["header"]))
         config = TrainConfig.from_params(header["config"])

@@ -1,11 +1,14 @@
 """The command line: a thin shell that parses, calls one function, shows what came back, and sets the exit code.
 
-Exit codes: 0 done, 1 the study failed, 2 wrong input, 130 interrupted. Everything heavy is imported where it is used.
+Exit codes: 0 done, 1 the study failed or the disk is full, 2 wrong input, 130 interrupted. Everything heavy is
+imported where it is used.
 """
 
+import errno
 import json
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.errors import SieveError, StudyFileError
+from search.errors import DiskError, SieveError, StudyFileError
 from search.settings import Settings, redact
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="The datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 File = Annotated[Path, typer.Argument(help="A study file (YAML).", show_default=False)]
 Study = Annotated[str, typer.Argument(help="A study's name.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -39,13 +44,23 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.  [de
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Our errors as text on stderr and an exit code; any other is a bug, and keeps its traceback."""
+    """Our errors and those of files as text on stderr and an exit code; any other is a bug, and keeps its traceback."""
     try:
         yield
     except SieveError as error:
-        typer.echo(str(error), err=True)
+        _say(str(error))
         raise typer.Exit(error.exit_code) from None
+    except sqlite3.Error as error:
+        _say(str(DiskError(str(Settings.from_environment().outbox), str(error))))
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:
+            raise
+        where = error.filename if isinstance(error.filename, str) else str(Settings.from_environment().home)
+        _say(str(DiskError(where, error.strerror or str(error))))
+        raise typer.Exit(1 if error.errno in FULL else 2) from None
     except KeyboardInterrupt:
+        _say("interrupted")
         raise typer.Exit(130) from None
 
 
@@ -132,18 +147,21 @@ def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Ou
     from search.run import summary
     from search.show import Display
 
-    def on_start(runner: "Runner") -> None:
-        def on_signal(number: int, _: Any) -> None:
-            if runner.stopping:
-                os._exit(130)
-            runner.stop()
-            display.note("stopping: the running slices are saved first; once more to leave at once")
+    runners: list[Runner] = []  # none until it has begun
 
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
+    def on_signal(number: int, _: Any) -> None:
+        if not runners:
+            raise KeyboardInterrupt
+        if runners[0].stopping:
+            display.console.show_cursor()
+            os._exit(130)
+        runners[0].stop()
+        display.note("stopping: the running slices are saved first; once more to leave at once")
 
     with Display(quiet=as_json) as display:
-        outcome = start(show=display.update, started=on_start, warn=display.note, report=report.html)
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+        outcome = start(show=display.update, started=runners.append, warn=display.note, report=report.html)
     if as_json:
         _show_json(summary(outcome))
     else:
@@ -334,7 +352,7 @@ def sync(
         settings = Settings.from_environment()
         if redo:
             tracking.redo(settings, study)
-        left = tracking.publish(settings, follow=follow is not None, parent=follow, study=study)
+        left = tracking.publish(settings, follow=follow is not None, parent=follow, study=study, warn=_say)
         if follow is None:
             typer.echo("everything is sent" if not left else f"{left} records could not be sent; try again later")
             raise typer.Exit(1 if left else 0)

@@ -8,6 +8,7 @@ SieveError                     exit 1
 ├── DataError                  exit 2    a dataset that is missing, damaged or not what it says it is
 ├── SettingsError              exit 2    an environment variable that cannot be meant
 ├── StorageLost                exit 1    the database does not answer; what it holds is safe
+├── DiskError                  exit 1    a full disk, or a file of ours that is damaged or may not be written
 ├── StudyFailed                exit 1    the study ended without a result
 └── Interrupted                exit 130  stopped by a signal; `sieve launch` goes on where it stopped
 
@@ -93,6 +94,20 @@ class SettingsError(SieveError):
 
 class StorageLost(SieveError):
     """The database does not answer; nothing that it holds is lost, and `sieve launch` goes on from there."""
+
+
+class DiskError(SieveError):
+    """A file of ours cannot be read or written now; what was stored before is safe."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: {self.problem}; nothing that was stored is lost: make room, or give this user the right to "
+            "write there, and launch the study again (SIEVE_HOME names another home)"
+        )
 
 
 class StudyFailed(SieveError):

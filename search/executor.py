@@ -32,6 +32,7 @@ LOST = (BrokenExecutor, CancelledError)
 
 RECOUNT_SECONDS = 1.0  # between questions how many workers there are
 CONNECT_SECONDS = 5.0
+MOST_STARTS = 3
 
 Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -49,8 +50,7 @@ def set_worker_environment(environment: MutableMapping[str, str] = os.environ) -
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the runner, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Do not outlive the runner."""
     parent = parent_process()
     assert parent is not None
 
@@ -67,6 +67,7 @@ class LocalExecutor(Executor):
     def __init__(self, workers: int) -> None:
         set_worker_environment()  # the workers import NumPy anew
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._ending = False
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -77,22 +78,40 @@ class LocalExecutor(Executor):
         return future
 
     def _serve(self) -> None:
-        pool = _new_pool()
-        while (task := self._tasks.get()) is not None:
+        # Inherited by the workers from their first moment on: the runner alone decides what Ctrl-C and SIGTERM mean.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        pool: ProcessPoolExecutor | None = None
+        while (task := self._tasks.get()) is not None and not self._ending:
             future, fn, args, kwargs = task
             if not future.set_running_or_notify_cancel():
                 continue
             try:
+                pool = pool or self._new_pool()
                 future.set_result(pool.submit(fn, *args, **kwargs).result())
             except BaseException as error:
-                if isinstance(error, BrokenExecutor):
+                if pool and isinstance(error, BrokenExecutor):
                     pool.shutdown(wait=False)
-                    pool = _new_pool()
+                    pool = None
                 future.set_exception(error)
-        pool.shutdown()
+        if pool:
+            pool.shutdown()
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        """A process that has begun. One that dies before that did not die of its work."""
+        for _ in range(MOST_STARTS):
+            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin_worker)
+            try:
+                pool.submit(_begun).result()
+                return pool
+            except BrokenExecutor:
+                pool.shutdown(wait=False)
+                if self._ending:
+                    break
+        raise BrokenExecutor("no worker begins")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the workers; with `cancel_futures`, at once and in the middle of their slices."""
+        self._ending = cancel_futures
         for _ in self._threads:
             self._tasks.put(None)
         if cancel_futures:
@@ -103,8 +122,8 @@ class LocalExecutor(Executor):
                 thread.join()
 
 
-def _new_pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin_worker)
+def _begun() -> None:
+    """In a worker: it has imported what it needs."""
 
 
 def cores() -> int:

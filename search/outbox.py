@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.errors import SettingsError
 from search.failpoint import failpoint
 
 Point = tuple[int, float, dict[str, float]]  # step, unix seconds, metrics
 
+VERSION = 1  # of the layout
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -73,8 +75,15 @@ class Outbox:
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
         self._use_wal()
         self._db.execute("PRAGMA synchronous = FULL")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            self._db.close()
+            raise SettingsError(
+                f"{path}: written by a newer Sieve (layout {version}, this one knows {VERSION}): "
+                "install that one, or set SIEVE_HOME to another folder"
+            )
         if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone():
-            self._db.executescript("BEGIN IMMEDIATE;" + SCHEMA + "COMMIT;")
+            self._db.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _use_wal(self) -> None:
@@ -123,7 +132,8 @@ class Outbox:
             failpoint("putting")
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
             raise
 
     def pending(self, limit: int = 64, study: str | None = None) -> list[Record]:

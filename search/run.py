@@ -61,13 +61,13 @@ from search.tracking import links, run_link
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
 PUBLISHER_SECONDS = 20.0  # without getting on, before the rest is left to `sieve sync`
-HURRY_SECONDS = 1.0  # the same when the study was stopped
+HURRY_SECONDS = 1.0  # all that it gets when the study was stopped
 REQUEST_SECONDS = 2.0  # how often the storage is asked for a request
-STOP_SECONDS = 8.0  # how long running slices may go on after a request to stop
+STOP_SECONDS = 7.0  # how long running slices may go on after a request to stop
 SLICE_SECONDS = 5.0  # what is aimed at: short enough to stop soon, long enough to cost nothing
 FIRST_RATE = 20e9  # floating-point operations per second, until it was measured
 MOST_COLUMNS = 1600  # first-layer columns of a group
-LEAST_COLUMNS = 400
+MOST_TOGETHER = 1 << 10  # trials in a slice
 MOST_LOSSES = 3  # a slice lost so often is its trial's fault after all
 FIRST_POINTS = 5  # shown by a dry run
 GROUP = 16  # trials of its timed slice
@@ -90,8 +90,8 @@ class Trial:
     data: Dataset
     state: State
     progress: Progress = field(default_factory=Progress)  # all so far, but for snapshots
-    losses: int = 0  # how often its slice was lost
-    alone: bool = False  # travels without company, since a slice with it failed
+    losses: int = 0  # workers that died in a row while they trained it alone
+    company: int = MOST_TOGETHER  # how many may share its slice: half as many each time that such a slice failed
 
     def uid(self, study: str) -> str:
         return f"{study}/{self.slot}/{self.attempt}"
@@ -113,10 +113,14 @@ def prepare(
     """What a slot's parameters mean: the config, and a state before the first update.
 
     Initial weights come from (study seed, slot), the order of the data from (study seed, repeat).
+    Raises StudyFailed if this data, or this machine's memory, does not do for it.
     """
     slot = proposal.slot
     config = spec.config(proposal.params, **proposal.overrides)
-    state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat))
+    try:
+        state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat))
+    except (ValueError, MemoryError) as error:
+        raise StudyFailed(f"slot {slot} cannot be trained: {error or 'out of memory'}") from None
     return Trial(slot, proposal.stage, dict(proposal.params), config, attempt, trial_id, number, data, state)
 
 
@@ -140,24 +144,30 @@ class Status:
 def groups(trials: Iterable[Trial], workers: int) -> list[list[Trial]]:
     """Pack trials that may share their batches into groups of about equal cost.
 
-    A group gets at most MOST_COLUMNS first-layer columns, and there are as many as idle workers if the
-    trials suffice; a trial that must travel alone does.
+    A group gets at most MOST_COLUMNS first-layer columns and as many trials as their company allows, and there
+    are as many as idle workers if the trials suffice.
     """
 
     def key(trial: Trial) -> tuple[Any, ...]:
-        alone = trial.number if trial.alone else -1
-        return alone, trial.data.reference or id(trial.data), may_share(trial.state)
+        return trial.company, trial.data.reference or id(trial.data), may_share(trial.state)
 
     packed: list[list[Trial]] = []
     for _, shared in groupby(sorted(trials, key=lambda t: repr(key(t))), key):
         members = sorted(shared, key=lambda t: -t.cost)
         columns = sum(t.columns for t in members)
-        count = min(len(members), max(math.ceil(columns / MOST_COLUMNS), workers))
+        fewest = max(math.ceil(columns / MOST_COLUMNS), math.ceil(len(members) / members[0].company), workers)
+        count = min(len(members), fewest)
         bins: list[list[Trial]] = [[] for _ in range(count)]
         for trial in members:  # the costliest first, each into the cheapest group so far
             min(bins, key=lambda group: sum(t.cost for t in group)).append(trial)
         packed += bins
     return packed
+
+
+def steady_clock() -> Callable[[], float]:
+    """Unix seconds that begin now and only ever go on, whatever is done to the machine's clock."""
+    began = time.time() - time.monotonic()
+    return lambda: began + time.monotonic()
 
 
 def is_asked(spec: StudySpec) -> bool:
@@ -206,10 +216,11 @@ class Runner:
         *,
         retry_failed: bool = False,
         warn: Callable[[str], None] = lambda text: None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.spec, self.settings, self.record, self.box = spec, settings, record, box
-        self.executor, self.workers, self.warn, self.clock = executor, workers, warn, clock
+        self.executor, self.workers, self.warn = executor, workers, warn
+        self.clock = clock or steady_clock()
         self.distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
         self.datasets: dict[str, Dataset] = {}
         self.ask = asker(spec.search.method, self.distributions, spec.seed) if is_asked(spec) else None
@@ -224,7 +235,7 @@ class Runner:
         self.stopping: str | None = None  # "stop", "cancel", or "later" for a service that goes down
         self.lonely = False  # no worker was there when work was
         self.limited = False  # a limit keeps slots of the plan from being begun
-        self.began = self.asked = self.last_note = clock()
+        self.began = self.asked = self.last_note = self.clock()
         self.rate = FIRST_RATE
         self.epoch_times: deque[tuple[float, float]] = deque(maxlen=20)  # (when, trial epochs) of recent slices
         self.stage = ""
@@ -317,11 +328,13 @@ class Runner:
         self._keep_limits()
         self._leave_rungs()
         self._propose()  # all who waited may have been cut
-        room = idle * MOST_COLUMNS - sum(t.columns for t in self.ready)
+        room, failed = idle * MOST_COLUMNS - sum(t.columns for t in self.ready), len(self.failed)
         while room > 0 and (proposal := self._next()):
-            trial = self._begin(proposal)
-            self.ready.append(trial)
-            room -= trial.columns
+            if trial := self._begin(proposal):
+                self.ready.append(trial)
+                room -= trial.columns
+        if len(self.failed) > failed and not self.ready and not self.flying:
+            return self._dispatch()  # all of these have failed at once: what does the plan say to that?
         packed = groups(self.ready, idle)
         for trials in packed[:idle]:
             self._submit(trials)
@@ -356,7 +369,8 @@ class Runner:
 
     def _submit(self, trials: list[Trial]) -> None:
         seconds_per_epoch = sum(t.cost for t in trials) / self.rate
-        epochs = max(1, min(round(SLICE_SECONDS / seconds_per_epoch), *(self._most_epochs(t) for t in trials)))
+        seconds = SLICE_SECONDS / 10 ** max(t.losses for t in trials)  # short enough to get through if workers die
+        epochs = max(1, min(round(seconds / seconds_per_epoch), *(self._most_epochs(t) for t in trials)))
         states, data = [t.state for t in trials], trials[0].data
         if self.settings.executor == "local":
             future = self.executor.submit(advance_here, states, data, epochs)
@@ -383,22 +397,33 @@ class Runner:
 
     # ---- a trial's beginning
 
-    def _prepare(self, proposal: Proposal, attempt: int, trial_id: int, number: int) -> Trial:
-        """What the slot's parameters mean: config, data, and a state before the first update."""
-        self.stage = proposal.stage
-        dataset = self.spec.dataset_of(proposal.stage).model_dump_json()
+    def _data(self, stage: str) -> Dataset:
+        self.stage = stage
+        dataset = self.spec.dataset_of(stage).model_dump_json()
         if dataset not in self.datasets:
-            self.datasets[dataset], notes = open_dataset(self.spec.dataset_of(proposal.stage), self.settings)
+            self.datasets[dataset], notes = open_dataset(self.spec.dataset_of(stage), self.settings)
             for note in notes:
                 self.warn(f"warning: {note}")
-        return prepare(self.spec, self.datasets[dataset], proposal, attempt, trial_id, number)
+        return self.datasets[dataset]
 
-    def _begin(self, proposal: Proposal) -> Trial:
+    def _prepare(self, proposal: Proposal, attempt: int, trial_id: int, number: int) -> Trial | None:
+        """What the slot's parameters mean: config, data, and a state before the first update. None if it has failed."""
+        try:
+            return prepare(self.spec, self._data(proposal.stage), proposal, attempt, trial_id, number)
+        except StudyFailed as error:
+            self.record.finish(trial_id, TrialState.FAIL, None, {"reason": str(error)})
+            self.failed[proposal.slot] = proposal.params
+            return None
+
+    def _begin(self, proposal: Proposal) -> Trial | None:
+        self._data(proposal.stage)  # without it, nothing is written
         self.tries[proposal.slot] += 1
         attempt = self.tries[proposal.slot]
         trial_id, number = self.record.begin(proposal, attempt, self.distributions)
         failpoint("begun")
         trial = self._prepare(proposal, attempt, trial_id, number)
+        if trial is None:
+            return None
         self.box.put([self._trial_begun(trial)])
         self.unnoted[trial.uid(self.spec.name)] = trial_id
         return trial
@@ -406,7 +431,9 @@ class Runner:
     def _adopt(self, attempt: Attempt) -> None:
         """Take up a trial that was running when its runner died."""
         trial = self._prepare(_again(attempt), attempt.attempt, attempt.trial_id, attempt.number)
-        with suppress(OSError, ValueError, KeyError):  # it may have died before its first slice was in
+        if trial is None:
+            return
+        with suppress(OSError, ValueError):  # it may have died before its first slice was in
             trial.state, trial.progress = checkpoint.load(self._checkpoint(trial))
         self.box.put([self._trial_begun(trial)])
         self.record.add_curves({trial.trial_id: self._curve(trial.progress)})  # it may have died before this
@@ -439,22 +466,26 @@ class Runner:
             raise
         except LOST as error:
             died = isinstance(error, BrokenExecutor)  # else the engine lost all its work, whoever's it was
-            for trial in trials:
-                trial.losses += died
-                trial.alone = trial.alone or died
-                if trial.losses >= MOST_LOSSES:
-                    self._fail(trial, f"its worker died {trial.losses} times: {error or type(error).__name__}")
-                else:
-                    self.ready.append(trial)
+            if died:
+                self._part(trials)
+            trials[0].losses += died and len(trials) == 1
+            if trials[0].losses >= MOST_LOSSES:
+                self._fail(trials[0], f"its worker died {MOST_LOSSES} times: {error or type(error).__name__}")
+            else:
+                self.ready += trials
         except Exception as error:
-            if len(trials) > 1:  # find out whose fault it is
-                for trial in trials:
-                    trial.alone = True
+            if len(trials) > 1:
+                self._part(trials)
                 self.ready += trials
             else:
                 self._fail(trials[0], "".join(traceback.format_exception(error)))
         else:
             self._record(flight, states, progress)
+
+    def _part(self, trials: list[Trial]) -> None:
+        """Find out whose fault it is: half of them at a time."""
+        for trial in trials:
+            trial.company = max(1, len(trials) // 2)
 
     def _record(self, flight: Flight, states: list[State], progress: list[Progress]) -> None:
         """Make a slice durable: what is to be shown, then the state to go on from, then the storage."""
@@ -578,7 +609,7 @@ class Runner:
             self.spec.name, trial.uid(self.spec.name), self.clock(), status, reason, self._results(trial)
         )
         self.box.put([ended])
-        self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason[:2000]})
+        self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason[-2000:]})
         self.failed[trial.slot] = trial.params
         self.unnoted[trial.uid(self.spec.name)] = trial.trial_id
         checkpoint.remove(self._checkpoint(trial))
@@ -781,8 +812,11 @@ def launch(
         spec = resolved(spec, settings)
         record = register(open_storage(settings.storage), spec, still_owned, PATIENCE)
         record.warn = warn
+        runner: Runner | None = None
         with (
-            publishing(box, spec.name, settings) if publish else nullcontext(),
+            publishing(box, spec.name, settings, lambda: bool(runner and runner.stopping))
+            if publish
+            else nullcontext(),
             closing_workers(settings, workers) as (executor, count),
         ):
             record.set_attr("state", "running")
@@ -895,11 +929,11 @@ def closing_workers(settings: Settings, workers: int | None) -> Iterator[tuple[E
 
 
 @contextmanager
-def publishing(box: Outbox, study: str, settings: Settings) -> Iterator[None]:
+def publishing(box: Outbox, study: str, settings: Settings, in_a_hurry: Callable[[], bool]) -> Iterator[None]:
     """A publisher at work: a process of its own, which alone imports mlflow.
 
     Leaving waits for it to send the rest of the study, as long as it gets on, and then ends it: what is
-    not sent stays in the outbox, and being cut short does no harm.
+    not sent stays in the outbox, and being cut short does no harm. Who is in a hurry waits a second.
     """
     command = [sys.executable, "-c", "from search.cli import app; app()", "sync", "--follow", str(os.getpid())]
     addresses = {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": settings.tracking_uri}
@@ -913,16 +947,20 @@ def publishing(box: Outbox, study: str, settings: Settings) -> Iterator[None]:
             stderr=log,
             start_new_session=True,
         )
-    patience = HURRY_SECONDS
+    whole = False
     try:
         yield
-        patience = PUBLISHER_SECONDS
+        whole = True
     finally:
-        left, since = box.unsent(study), time.monotonic()
-        while left and publisher.poll() is None and time.monotonic() - since < patience:
+        left, deadline = box.unsent(study), time.monotonic() + PUBLISHER_SECONDS
+        while left and publisher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-            if (now := box.unsent(study)) < left:
-                left, since = now, time.monotonic()
+            now = box.unsent(study)
+            if in_a_hurry() or not whole:
+                deadline = min(deadline, time.monotonic() + HURRY_SECONDS)
+            elif now < left:
+                deadline = time.monotonic() + PUBLISHER_SECONDS
+            left = now
         publisher.terminate()
         publisher.wait()
 

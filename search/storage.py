@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import sqlite3
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -36,7 +37,7 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from search.errors import SettingsError, StorageLost, StudyBusy, StudyConflict, UnknownStudy
+from search.errors import DiskError, SettingsError, StorageLost, StudyBusy, StudyConflict, UnknownStudy
 from search.plan import Proposal, Slot, extends
 from search.settings import redact
 from search.study import Choice, Range, StudySpec, difference, restore
@@ -109,6 +110,12 @@ def _open_sqlite(url: str) -> RDBStorage:
     def write_ahead(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+
+    @sqlalchemy.event.listens_for(storage.engine, "handle_error")
+    def recognise(context: sqlalchemy.engine.ExceptionContext) -> None:
+        """A full disk and the like, past Optuna, which would blame the values."""
+        if isinstance(context.original_exception, sqlite3.OperationalError):
+            raise DiskError(url.removeprefix("sqlite:///"), str(context.original_exception)) from None
 
     storage.engine.dispose()  # connections from before the listener
     return storage

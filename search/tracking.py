@@ -30,7 +30,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 from search import figures
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id, markdown, progress_points, unpack
-from search.settings import Settings
+from search.settings import Settings, redact
 
 POLL_SECONDS = 0.3
 PATIENCE = 30.0  # seconds without success after which a publisher that nobody waits for gives up
@@ -42,6 +42,7 @@ WIDE = {"Which setting won": 480, "Weights and confusion matrices": 800}  # sect
 FIXED = {"attributes.`Run Name`": 340, "runDateAndNestInfo": 130, "duration": 80}  # its first columns, and their widths
 NOTE = "mlflow.note.content"
 LOG10 = "log10_"
+MOST_REASONS = 3
 LONGEST_PARAM = 6000  # MLflow cuts longer ones without a word
 LONGEST_DIGEST = 36
 LONGEST_NOTE = 8000
@@ -69,12 +70,13 @@ def publish(
     parent: int | None = None,
     study: str | None = None,
     timeout: float | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Send what the outbox holds (of one study, or all) and say how many records are left in it.
 
     follow: go on while the process `parent` lives; without, drain the outbox once, and send again what
     the server refused or has lost. After `timeout` seconds (30) in which nothing could be sent it
-    gives up, but never while the parent lives. A home has one publisher at a time: a second one waits.
+    gives up, but never while the parent lives, and warns why. A home has one publisher at a time: a second one waits.
     """
     patience = PATIENCE if timeout is None else timeout
     wanted = _watch(parent) if follow else lambda: False
@@ -82,8 +84,10 @@ def publish(
         os.nice(10)
     with Outbox(settings.outbox) as box:
         with _turn(settings, lambda: wanted() or box.unsent(study) > 0, wanted, patience) as mine:
-            if mine:
-                _drain(_Publisher(settings, box), wanted, study, patience, repair=not follow)
+            if mine and (trouble := _drain(_Publisher(settings, box), wanted, study, patience, repair=not follow)):
+                warn(trouble)
+        for uid, kind, reason in box.refusals(study)[:MOST_REASONS]:
+            warn(f"{kind} of {uid} was refused: {reason}")
         counts = [n for name, n in box.counts().items() if study in (None, name)]
         return sum(n.unsent + n.refused for n in counts)
 
@@ -152,8 +156,11 @@ def _turn(
 
 def _drain(
     publisher: "_Publisher", wanted: Callable[[], bool], study: str | None, patience: float, *, repair: bool
-) -> None:
-    """Send batch after batch until nothing is left and nobody wants more, waiting longer after each failure."""
+) -> str | None:
+    """Send batch after batch until nothing is left and nobody wants more, waiting longer after each failure.
+
+    Returns why it gave up, if it did.
+    """
 
     def tired(state: RetryCallState) -> bool:
         return not wanted() and (state.seconds_since_start or 0.0) > patience
@@ -177,10 +184,10 @@ def _drain(
             last_look = not wanted()
             if not retrying(batch):
                 if last_look:
-                    return
+                    return None
                 time.sleep(POLL_SECONDS)
-    except _Waiting:
-        return
+    except _Waiting as error:
+        return _one_line(error)
 
 
 class _Publisher:
@@ -637,7 +644,7 @@ def _ms(when: float) -> int:
 
 def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:500]
+    return redact(text.splitlines()[0])[:500]
 
 
 # ---- the saved view: what a person sees when the link is opened

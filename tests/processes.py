@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ def sieve(
     *words: str | Path,
     slices: float | None = None,
     patience: float | None = None,
+    before: Sequence[str] = (),
     **environment: str,
 ) -> subprocess.Popen[str]:
     """The command in a session of its own; `slices`: their length in seconds instead of five.
 
-    patience: seconds without getting on that it waits for its publisher.
+    patience: seconds without getting on that it waits for its publisher. before: a command that starts it.
     """
     changes = {"SLICE_SECONDS": slices, "FIRST_RATE": slices and 1e8, "PUBLISHER_SECONDS": patience}
     code = "from search import run; from search.cli import app; "
@@ -44,7 +46,7 @@ def sieve(
         "MLFLOW_TRACKING_URI": settings.tracking_uri,
     }
     return subprocess.Popen(
-        [sys.executable, "-c", f"{code}app()", *map(str, words)],
+        [*before, sys.executable, "-c", f"{code}app()", *map(str, words)],
         env=os.environ | addresses | environment,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip

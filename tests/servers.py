@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -33,6 +35,10 @@ class Server:
     def uri(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def database(self) -> Path:
+        return self.folder / "server.db"
+
     def start(self) -> None:
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self.folder / "server.log").open("ab") as log:
@@ -40,7 +46,7 @@ class Server:
                 [
                     str(Path(sys.executable).with_name("mlflow")), "server",
                     *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
-                    *("--backend-store-uri", f"sqlite:///{self.folder}/server.db"),
+                    *("--backend-store-uri", f"sqlite:///{self.database}"),
                     *("--artifacts-destination", str(self.folder / "artifacts")),
                 ],
                 env=environment, stdout=log, stderr=log, start_new_session=True,
@@ -71,7 +77,7 @@ Rule = Callable[[str], str]
 
 @contextmanager
 def proxy(port: int, rule: Rule, *, latency: float = 0.0, rate: float | None = None) -> Iterator[str]:
-    """Stands before the server: for each request line, `rule` says pass, lose (the reply), 503 or hang.
+    """Stands before the server: for each request line, `rule` says pass, lose (the reply), reset, hang, or a status.
 
     latency: seconds added to each request. rate: bytes per second at which its body passes.
     """
@@ -86,8 +92,11 @@ def proxy(port: int, rule: Rule, *, latency: float = 0.0, rate: float | None = N
             what = rule(lines[0])
             if what == "hang":
                 await asyncio.sleep(30)
-            elif what == "503":
-                writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            elif what == "reset":
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            elif what.isdigit():
+                writer.write(f"HTTP/1.1 {what} Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
             else:
                 upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
                 kept = [line for line in lines[:-2] if not line.lower().startswith("connection:")]
@@ -121,6 +130,12 @@ def proxy(port: int, rule: Rule, *, latency: float = 0.0, rate: float | None = N
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def now_and_then(share: float, *faults: str) -> Rule:
+    """One of these faults, drawn anew for that share of all requests to the API."""
+    chance = random.Random(1)
+    return lambda request: chance.choice(faults) if "/api/" in request and chance.random() < share else "pass"
 
 
 def rule(**faults: Sequence[str] | str) -> Rule:

@@ -718,6 +718,7 @@ def test_errors_survive_pickling_and_know_their_exit_code() -> None:
         errors.StudyBusy("x"): (2, "x"),
         errors.DataError("x"): (2, "x"),
         errors.SettingsError("x"): (2, "x"),
+        errors.DiskError("f.db", "disk full"): (1, "f.db: disk full; nothing that was stored is lost"),
         errors.StudyFailed("x"): (1, "x"),
         errors.StorageLost("x"): (1, "x"),
         errors.Interrupted("x"): (130, "x"),

@@ -1,10 +1,8 @@
 """What training notices of a tracking server that is dead, hung or slow: nothing; and what is lost: nothing."""
 
-import os
 import shutil
+import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,14 +11,15 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from search import run, tracking
 from search.outbox import Outbox, progress_points
 from search.settings import Settings
 from search.study import restore
 from tests.conftest import QUICK
-from tests.servers import Server, free_port, proxy, rule, until
+from tests.oracle import verdict
+from tests.processes import finish, sieve, slices, study_file
+from tests.servers import Server, free_port, now_and_then, proxy, rule, until
 from tests.test_tracking import OLD_LOADER, begun, everything, files, points, put, runs, trial
 
 STALL = 0.050  # seconds that tracking may take between a slice's end and the next slice
@@ -31,6 +30,9 @@ LONG: dict[str, Any] = {
     "search": {"method": "random", "trials": 3},
     "confirm": False,
 }
+
+Calms = Callable[..., Any]
+Figures = Callable[..., None]
 
 pytestmark = [
     pytest.mark.fault,
@@ -49,21 +51,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, new_mlflow: Path) -> Iterat
     server.kill()
 
 
-def sieve(settings: Settings, *words: str) -> subprocess.Popen[str]:
-    """The command in a process of its own; it gives up waiting for the publisher after a second, not twenty."""
-    code = "from search import run; run.PUBLISHER_SECONDS = 1; from search.cli import app; app()"
-    addresses = {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": settings.tracking_uri}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *words], env=os.environ | addresses, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(QUICK))
-    return path
+    return study_file(tmp_path)
 
 
 def unsent(settings: Settings) -> int:
@@ -73,7 +63,7 @@ def unsent(settings: Settings) -> int:
 
 @pytest.mark.parametrize("how", ["dead", "hung", "slow"])
 def test_training_does_not_wait_for_tracking(
-    settings: Settings, server: Server, how: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, server: Server, how: str, monkeypatch: pytest.MonkeyPatch, calm: Calms, figures: Figures
 ) -> None:
     """Refused, never answered, or 200 ms and 10 kB/s: putting a slice's records away takes as long as ever."""
     spent: list[float] = []
@@ -97,42 +87,45 @@ def test_training_does_not_wait_for_tracking(
         away = address if how != "dead" else f"http://127.0.0.1:{free_port()}"
         found = run.launch(restore(QUICK | LONG | {"name": how}), replace(settings, tracking_uri=away), workers=1)
     worst, usual = max(spent), statistics.median(spent)
-    print(f"{how}: {len(spent)} calls, {1000 * usual:.1f} ms usually, {1000 * worst:.1f} ms at worst")
     assert found.unsent > 0  # the fault was there to the end
     assert len(spent) > 20
     assert statistics.quantiles(spent, n=20)[-1] < STALL
     assert worst < 1  # one wait for the disk of a busy machine, where a wait for the server would be ten seconds
     tracking.publish(replace(settings, tracking_uri=server.uri))
-    assert [r.info.status for r in runs(server.uri, how)] == ["FINISHED"] * 3
+    found_ = verdict(settings, how, calm(**LONG).results, server.database)
+    stall = f"{len(spent)} calls: {1000 * usual:.1f} ms usually, {1000 * worst:.1f} ms at worst"
+    figures(f"tracking server {how} during the study", found_, also=stall)
 
 
 def test_a_server_that_never_comes_back_costs_a_warning(
-    settings: Settings, file: Path, new_home: Callable[[str], Settings]
+    settings: Settings, file: Path, new_home: Callable[[str], Settings], calm: Calms, figures: Figures
 ) -> None:
     """The study completes with exit code 0 and says how many records wait and what sends them; later it does."""
     away = replace(settings, tracking_uri=f"http://127.0.0.1:{free_port()}")
-    _, said = (launched := sieve(away, "launch", str(file))).communicate(timeout=120)
+    said = finish(launched := sieve(away, "launch", file, patience=1))
     left = unsent(settings)
-    print(f"{left} records left")
     assert launched.returncode == 0, said
     assert left >= 16 * 4  # each trial's beginning, curve, picture and end
     assert f"warning: {left} tracking records are not sent yet; `sieve sync` sends them" in said
     back = replace(settings, tracking_uri=new_home("back").tracking_uri)
+    since = time.monotonic()
     out, said = (synced := sieve(back, "sync")).communicate(timeout=120)
+    recovery = time.monotonic() - since
     assert (synced.returncode, out) == (0, "everything is sent\n"), said
-    assert [r.info.status for r in runs(back.tracking_uri, "quick")] == ["FINISHED"] * 16
+    found = verdict(back, "quick", calm().results, back.home / "mlflow.db")
+    figures("tracking server never comes back", found, recovery=recovery, also=f"{left} records sent later")
     (summary,) = runs(back.tracking_uri, "quick", kind="summary")
     assert files(back.tracking_uri, summary.info.run_id) == ["report.html", "summary.json"]
 
 
 def test_what_a_killed_runner_had_not_sent_arrives_later(
-    settings: Settings, tmp_path: Path, new_home: Callable[[str], Settings]
+    settings: Settings, tmp_path: Path, new_home: Callable[[str], Settings], calm: Calms, figures: Figures
 ) -> None:
     """Killed after trials were told and before anything was sent: each has one run with every point it had recorded."""
-    path = tmp_path / "long.yaml"
-    path.write_text(yaml.safe_dump(QUICK | LONG | {"base": {"batch_size": 5, "epochs": 40}}))
+    parts = LONG | {"base": {"batch_size": 5, "epochs": 40}}
+    path = study_file(tmp_path, **parts)
     away = replace(settings, tracking_uri=f"http://127.0.0.1:{free_port()}")
-    launched = sieve(away, "launch", str(path), "--workers", "1")
+    launched = sieve(away, "launch", path, "--workers", "1", patience=1)
 
     def recorded_trials() -> int:
         with Outbox(settings.outbox) as box:
@@ -145,11 +138,12 @@ def test_what_a_killed_runner_had_not_sent_arrives_later(
     launched.communicate()
     waiting = unsent(settings)
     back = replace(settings, tracking_uri=new_home("back").tracking_uri)
-    _, said = (resumed := sieve(back, "launch", str(path), "--workers", "1")).communicate(timeout=120)
+    said = finish(resumed := sieve(back, "launch", path, "--workers", "1"))
     assert resumed.returncode == 0, said
     tracking.publish(back)
+    found_ = verdict(back, "quick", calm(**parts).results, back.home / "mlflow.db")
+    figures("killed after trials were told, nothing sent", found_, also=f"{waiting} records waited")
     found = runs(back.tracking_uri, "quick")
-    print(f"{waiting} records waited at the kill; {len(found)} runs for 3 trials")
     assert [r.data.tags["slot"] for r in found] == [f"s0.i{i}.r0" for i in range(3)]
     with Outbox(settings.outbox) as box:
         for r in found:
@@ -196,3 +190,88 @@ def test_a_point_that_comes_late_leaves_the_status_alone(
         assert after[:2] == before[:2]
         assert [step for step, _, _ in after[4]["loss/val"]] == [1, 2, 3, 4]
         tracking.redo(home)
+
+
+THREE: dict[str, Any] = {"search": {"method": "random", "trials": 3}, "confirm": False}
+
+
+@pytest.mark.parametrize(
+    ("fault", "share", "kinds"),
+    [
+        ("replies lost", 0.3, ["lose"]),
+        ("connections reset", 0.3, ["reset"]),
+        ("answers of 500, 503 and 429", 0.4, ["500", "503", "429"]),
+        ("all of these at once", 0.3, ["lose", "reset", "500", "503"]),
+    ],
+)
+def test_a_server_that_misbehaves_gets_everything_once(
+    settings: Settings,
+    tmp_path: Path,
+    server: Server,
+    calm: Calms,
+    figures: Figures,
+    fault: str,
+    share: float,
+    kinds: list[str],
+) -> None:
+    """Whatever happens to a third of all requests: one experiment, one run for each trial, every point once."""
+    name, hit = fault.replace(" ", "-").replace(",", ""), list[str]()
+    chosen = now_and_then(share, *kinds)
+
+    def listen(request: str) -> str:
+        hit.append(chosen(request))
+        return hit[-1]
+
+    with proxy(server.port, listen) as address:
+        away, since = replace(settings, tracking_uri=address), time.monotonic()
+        launched = sieve(away, "launch", study_file(tmp_path, name=name, **THREE), "--workers", "2", patience=5)
+        said = finish(launched)
+        assert launched.returncode == 0, said
+        until(lambda: tracking.publish(away) == 0, 120)
+    faults = sum(what != "pass" for what in hit)
+    assert faults >= 3
+    found = verdict(settings, name, calm(**THREE).results, server.database)
+    figures(
+        f"tracking: {fault}", found, faults, also=f"of {len(hit)} requests, {time.monotonic() - since:.0f} s in all"
+    )
+
+
+def test_a_publisher_may_die_between_any_two_requests(
+    new_home: Callable[[str], Settings], tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """Killed after it made a run, after it sent values, and before it noted so; then three passes over everything."""
+    settings = new_home("home")
+    finish(sieve(settings, "launch", study_file(tmp_path, **THREE), "--workers", "2", "--no-publish"))
+    points = ("created:1", "created:2", "logged:1", "sent:2")
+    for point in points:
+        synced = sieve(settings, "sync", SIEVE_FAILPOINT=point)
+        said = finish(synced)
+        assert synced.returncode == -signal.SIGKILL, (point, said)
+    for again in ([], ["--redo"], ["--redo"]):
+        synced = sieve(settings, "sync", *again)
+        assert (finish(synced), synced.returncode) == ("", 0)
+        found = verdict(settings, "quick", calm(**THREE).results, settings.home / "mlflow.db")
+        assert not any(found), found
+    figures("publisher killed between two requests", found, len(points), also="all sent three times")
+
+
+@pytest.mark.long
+def test_a_server_that_was_away_gets_everything(
+    settings: Settings, tmp_path: Path, server: Server, calm: Calms, figures: Figures
+) -> None:
+    """Killed in the middle of a study and away for half a minute, the server has every point soon after it is back."""
+    away = replace(settings, tracking_uri=server.uri)
+    parts = LONG | {"search": {"method": "random", "trials": 6}}
+    launched = sieve(away, "launch", study_file(tmp_path, name="away", **parts), "--workers", "2", slices=0.3)
+    until(lambda: slices(settings) > 0)
+    server.kill()
+    time.sleep(30)
+    server.start()
+    since = time.monotonic()
+    until(lambda: unsent(settings) == 0 or launched.poll() is not None, 180)
+    recovery = time.monotonic() - since
+    said = finish(launched)
+    assert launched.returncode == 0, said
+    assert tracking.publish(away) == 0
+    found = verdict(settings, "away", calm(**parts).results, server.database)
+    figures("tracking server killed, back after 30 s", found, recovery=recovery)

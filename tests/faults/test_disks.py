@@ -1,0 +1,195 @@
+"""A home that is full, read-only, damaged or of another version: one clear line, and nothing torn."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.settings import Settings
+from tests.faults.conftest import SIX
+from tests.oracle import verdict
+from tests.processes import finish, sieve, study_file
+
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
+
+Calms = Callable[..., Any]
+Figures = Callable[..., None]
+THREE: dict[str, Any] = {"search": {"method": "random", "trials": 3}, "confirm": False}
+QUIETLY = ("--workers", "2", "--no-publish")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_stops_a_study_and_tears_nothing(
+    small_disk: Path, tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """Wherever the disk fills up, one line says so; with room made, the study goes on to undisturbed values."""
+    settings, path = Settings.from_environment({"SIEVE_HOME": str(small_disk / "home")}), study_file(tmp_path, **SIX)
+    ballast, said = small_disk / "ballast", ""
+    rooms = (0, 100, 300, 500)
+    for room in rooms:
+        free = shutil.disk_usage(small_disk).free
+        ballast.write_bytes(b"0" * max(0, free - 1024 * room))
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=0.3)
+        said = finish(runner)
+        ballast.unlink()
+        assert runner.returncode == 1, said
+        assert "Traceback" not in said
+        assert str(settings.home) in said.splitlines()[-1]
+        assert "make room" in said.splitlines()[-1]
+    last = sieve(settings, "launch", path, *QUIETLY)
+    said = finish(last)
+    assert last.returncode == 0, said
+    figures("disk full", verdict(settings, "quick", calm(**SIX).results), len(rooms), also="exit 1, one line")
+
+
+def test_a_file_size_limit_stops_a_study_and_tears_nothing(
+    settings: Settings, tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """The same without the right to mount: no file may grow beyond some hundred kilobytes."""
+    path = study_file(tmp_path, **SIX)
+    for kilobytes in (4, 150):
+        limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "-"]
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=0.3, before=limited)
+        said = finish(runner)
+        assert runner.returncode == 1, said
+        assert "Traceback" not in said
+        assert str(settings.home) in said.splitlines()[-1]
+    last = sieve(settings, "launch", path, *QUIETLY)
+    said = finish(last)
+    assert last.returncode == 0, said
+    figures("file size limit", verdict(settings, "quick", calm(**SIX).results), 2, also="exit 1, one line")
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Makes a folder read-only; root needs a file system for that."""
+    mounted = []
+
+    def lock(folder: Path) -> None:
+        if os.geteuid():
+            for path in (folder, *folder.rglob("*")):
+                path.chmod(0o555 if path.is_dir() else 0o444)
+            return
+        for words in (["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
+            if subprocess.run(["mount", *words], capture_output=True, check=False).returncode:
+                pytest.skip("needs the right to mount")
+            mounted[:] = [folder]
+
+    yield lock
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+@pytest.mark.parametrize("words", [["launch", "FILE", "--no-publish"], ["sync"], ["status"], ["best", "quick"]])
+def test_a_home_that_may_not_be_written_is_named(
+    settings: Settings, tmp_path: Path, locked: Callable[[Path], None], words: list[str]
+) -> None:
+    """On a read-only home each command ends with its result or with one line that names a path there."""
+    path = study_file(tmp_path, **THREE)
+    assert finish(sieve(settings, "launch", path, *QUIETLY)) != ""
+    locked(settings.home)
+    command = sieve(settings, *(str(path) if word == "FILE" else word for word in words))
+    said = finish(command)
+    assert "Traceback" not in said
+    assert command.returncode in ((0, 1, 2) if words[0] in ("status", "best") else (1, 2)), said
+    if command.returncode:
+        assert str(settings.home) in said
+        assert len(said.splitlines()) == 1
+
+
+def test_databases_of_another_version_are_left_alone(settings: Settings, tmp_path: Path) -> None:
+    """A storage or an outbox of a newer or older version is refused with what to do, and not a byte of it changes."""
+    path = study_file(tmp_path, **THREE)
+    finish(sieve(settings, "launch", path, *QUIETLY))
+    storage = Path(settings.storage.removeprefix("sqlite:///"))
+    for file, change, mend in (
+        (storage, "UPDATE alembic_version SET version_num = 'v2.6.0.a'", "`sieve migrate`"),
+        (storage, "UPDATE alembic_version SET version_num = 'v99.0.0'", "`sieve migrate`"),
+        (settings.outbox, "PRAGMA user_version = 99", "written by a newer Sieve"),
+    ):
+        kept = tmp_path / "kept"
+        shutil.copy(file, kept)
+        with closing(sqlite3.connect(file)) as db:
+            db.execute(change)
+            db.commit()
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        before = file.read_bytes()
+        command = sieve(settings, "launch", path, *QUIETLY)
+        said = finish(command)
+        assert command.returncode == 2, said
+        assert str(file) in said
+        assert mend in said
+        assert len(said.splitlines()) == 1
+        assert file.read_bytes() == before
+        shutil.copy(kept, file)
+    last = sieve(settings, "launch", path, *QUIETLY)
+    said = finish(last)
+    assert last.returncode == 0, said
+
+
+def test_a_damaged_checkpoint_costs_its_slices_alone(
+    settings: Settings, tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """Cut short, turned into rubbish, or emptied while nobody ran: the trial begins again and ends as it would have."""
+    path = study_file(tmp_path, **SIX)
+    damages = (lambda raw: raw[: len(raw) // 2], lambda raw: b"x" * len(raw), lambda raw: b"")
+    for damage in damages:
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=0.3, SIEVE_FAILPOINT="curves:2")
+        assert (finish(runner), runner.returncode)[1] == -signal.SIGKILL
+        found = sorted((settings.checkpoints / "quick").glob("*.npz"))
+        assert found
+        for checkpoint in found:
+            checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    last = sieve(settings, "launch", path, *QUIETLY)
+    said = finish(last)
+    assert last.returncode == 0, said
+    figures("checkpoints damaged", verdict(settings, "quick", calm(**SIX).results), len(damages))
+
+
+def test_the_clock_may_jump(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures) -> None:
+    """With the clock of every process an hour off now and then, nothing is late, and times of a run only grow."""
+    (tmp_path / "sitecustomize.py").write_text(JUMPS)
+    runner = sieve(
+        settings, "launch", study_file(tmp_path, **SIX), *QUIETLY, slices=0.3,
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    )  # fmt: skip
+    said = finish(runner)
+    assert runner.returncode == 0, said
+    with closing(sqlite3.connect(settings.outbox)) as db:
+        rows = db.execute("SELECT uid, time FROM records WHERE kind != 'trial_begun' ORDER BY id").fetchall()
+    times: dict[str, list[float]] = {}
+    for uid, when in rows:
+        times.setdefault(uid, []).append(when)
+    assert len(rows) > 6
+    assert all(found == sorted(found) for found in times.values())
+    found = verdict(settings, "quick", calm(**SIX).results)
+    figures("clock jumps by an hour", found, also="each second one hour back or forth, in every process")
+
+
+JUMPS = """
+import time
+real = time.time
+time.time = lambda: real() + (3600, -3600, 0)[int(real()) % 3]
+"""
