@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,15 +20,20 @@ START_SECONDS = 180.0  # MLflow's server takes 6 s alone, and half a minute besi
 
 
 def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callable[[str], None]) -> None:
-    """Start both, wait until both answer, say where, and end both on Ctrl-C. Raises SieveError if one ends early."""
+    """Start both, wait until both answer, say where, and end both on Ctrl-C.
+
+    Raises SettingsError if a port is taken, SieveError if one ends early.
+    """
     from search.storage import open_storage
 
-    settings.home.mkdir(parents=True, exist_ok=True)
-    settings.trial_artifacts.mkdir(exist_ok=True)
-    open_storage(settings.storage)  # the dashboard refuses a database without tables
     pages = {"Optuna dashboard": (dashboard_command(dashboard_port), f"http://127.0.0.1:{dashboard_port}")}
     if not settings.tracking_uri.startswith("http"):
         pages = {"MLflow": (mlflow_command(settings, mlflow_port), f"http://127.0.0.1:{mlflow_port}")} | pages
+        _check_free(mlflow_port, "--mlflow-port")
+    _check_free(dashboard_port, "--dashboard-port")
+    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.trial_artifacts.mkdir(exist_ok=True)
+    open_storage(settings.storage)  # the dashboard refuses a database without tables
     environment = os.environ | {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -49,6 +55,8 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
                 say(f"{name}: {address}")
             for line in study_links(replace(settings, mlflow_ui=pages.get("MLflow", ("", settings.mlflow_ui))[1])):
                 say(line)
+            for line in elsewhere(settings, {name: address for name, (_, address) in pages.items()}):
+                say(line)
             say("Ctrl-C ends both")
             while all(server.poll() is None for server in servers.values()):
                 time.sleep(0.5)
@@ -58,6 +66,14 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
         finally:
             for server in servers.values():
                 _end(server)
+
+
+def elsewhere(settings: Settings, pages: Mapping[str, str]) -> list[str]:
+    """What to set so that the links from one UI into the other lead to these addresses."""
+    wanted = {"MLflow": ("SIEVE_MLFLOW_UI", settings.mlflow_ui)}
+    wanted["Optuna dashboard"] = ("SIEVE_DASHBOARD_UI", settings.dashboard_ui)
+    moved = [f"{wanted[name][0]}={address}" for name, address in pages.items() if wanted[name][1] != address]
+    return [f"links within the pages lead elsewhere; launch studies with {' '.join(moved)}"] if moved else []
 
 
 def study_links(settings: Settings) -> list[str]:
@@ -119,6 +135,13 @@ def dashboard(
         raise SettingsError(f"the dashboard cannot listen at {host}:{port}: {error}") from None
 
 
+def _check_free(port: int, option: str) -> None:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise SettingsError(f"port {port}: {os.strerror(error.errno or 0)}; choose another with {option}") from None
+
+
 def _await_answer(name: str, server: subprocess.Popen[bytes], address: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
@@ -127,7 +150,7 @@ def _await_answer(name: str, server: subprocess.Popen[bytes], address: str) -> N
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise SieveError(f"{name} did not answer at {address}; is the port taken? see ui.log at home")
+    raise SieveError(f"{name} did not answer at {address}; ui.log at home says why")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from search import run
 from search.cli import app
+from search.errors import SettingsError
 from search.settings import Settings
 from search.storage import artifacts, open_storage
 from search.study import restore
@@ -155,3 +157,17 @@ def test_the_ui_keeps_passwords_off_command_lines(tmp_path: Path) -> None:
     given = {"SIEVE_HOME": str(tmp_path), "SIEVE_STORAGE": storage, "MLFLOW_TRACKING_URI": tracking}
     settings = Settings.from_environment(given)
     assert PASSWORD not in " ".join([*ui.mlflow_command(settings, 1), *ui.dashboard_command(2)])
+
+
+def test_a_taken_port_is_named_with_the_option_that_moves_it(tmp_path: Path) -> None:
+    """Before anything starts, or another program's page would be announced as ours; nothing is made at home."""
+    from search import ui
+
+    settings = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "home")})
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"port {port}: Address already in use; .*--mlflow-port"):
+            ui.serve(settings, port, 0, print)
+        with pytest.raises(SettingsError, match="--dashboard-port"):
+            ui.serve(settings, 0, port, print)
+    assert not settings.home.exists()
