@@ -17,8 +17,14 @@ from search.study import Halving, Median, StudySpec
 
 SLICES = 10  # a trial is asked about so often at the least
 
-TIMING = "a pruner compares running trials: which of them are cut depends on timing"
-BARRIER = "a stage waits at each rung: which trials are cut does not depend on timing"
+
+def note(spec: StudySpec) -> str:
+    """For the study's record, what decides which trials are cut; empty without a pruner."""
+    if spec.pruner is None:
+        return ""
+    if isinstance(spec.pruner, Halving) and spec.pruner.barrier:
+        return f"{spec.pruner.method}: a stage waits at each rung; which trials are cut does not depend on timing"
+    return f"{spec.pruner.method}: running trials are compared; which of them are cut depends on timing"
 
 
 def optuna_pruner(spec: StudySpec) -> BasePruner | None:

@@ -657,8 +657,8 @@ class Runner:
         )
         self.box.put([begun])
         self.record.set_attr("versions", versions())
-        if self.spec.pruner:
-            self.record.set_attr("pruning", prune.TIMING if self.pruner else prune.BARRIER)
+        if note := prune.note(self.spec):
+            self.record.set_attr("pruning", note)
 
     def _trial_begun(self, trial: Trial) -> Record:
         tags = {
@@ -902,6 +902,7 @@ def study_note(
             )
         )
     parts.append(f"{spec.search.method} on {spec.dataset.name}, seed {spec.seed}")
+    parts.append(prune.note(spec))
     parts.append(outbox.markdown(stages))
     parts.append(f"```json\n{json.dumps(json.loads(spec.to_json()), indent=1)}\n```")
     return "\n\n".join(part for part in parts if part)

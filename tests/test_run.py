@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import statistics
@@ -19,6 +20,11 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from optuna.importance import (
+    FanovaImportanceEvaluator,
+    MeanDecreaseImpurityImportanceEvaluator,
+    get_param_importances,
+)
 
 from core.data import Dataset
 from core.train import TrainConfig, start
@@ -428,6 +434,58 @@ def test_optuna_reads_the_study_as_its_own(settings: Settings, quick: Spec) -> N
     spaces = {str(sorted(t.distributions.items())) for t in study.get_trials()}
     assert len(spaces) == 1
     assert study.get_trials()[0].distributions["lambda"] == optuna.distributions.FloatDistribution(1e-6, 1e-1, log=True)
+
+
+def test_importance_is_right_after_coarse_to_fine(settings: Settings, quick: Spec) -> None:
+    """Optuna's importance, over the full space in every trial, finds the one parameter of three that matters."""
+    space = {"eta": {"low": 1e-6, "high": 1.0, "log": True}, "lambda": {"low": 0.0, "high": 1e-6}}
+    spec = quick(space=space | {"eval_every": [3, 6]}, search={"method": "coarse-to-fine", "trials_per_stage": 6})
+    launch(spec, settings, workers=2)
+    study = optuna.load_study(study_name="quick", storage=settings.storage)
+    full = {
+        "eta": optuna.distributions.FloatDistribution(1e-6, 1.0, log=True),
+        "eval_every": optuna.distributions.CategoricalDistribution([3, 6]),
+        "lambda": optuna.distributions.FloatDistribution(0.0, 1e-6),
+    }
+    assert all(trial.distributions == full for trial in study.trials)
+    for evaluator in (FanovaImportanceEvaluator(seed=0), MeanDecreaseImpurityImportanceEvaluator(seed=0)):
+        importances = get_param_importances(study, evaluator=evaluator)
+        assert importances.keys() == full.keys()
+        assert max(importances, key=importances.__getitem__) == "eta"
+
+
+def test_a_coarse_and_a_fine_stage_then_the_best_on_nearly_all_data(settings: Settings, quick: Spec) -> None:
+    """Two cycles in a wide range, two in a narrower one around the best, and three for the best with more images."""
+    base = {"schedule": "cyclical", "eta_min": 1e-3, "eta": 0.3, "n_s": 6, "batch_size": 50, "updates": 24}
+    stages = [{"name": "coarse", "trials": 5}, {"name": "fine", "trials": 7, "width": 0.35}]
+    spec = quick(
+        base=base,
+        space={"lambda": {"low": 1e-5, "high": 1e-1, "log": True}},
+        search={"method": "coarse-to-fine", "stages": stages},
+        confirm={"top": 1, "repeats": 1, "base": {"updates": 36}, "dataset": {"train": 350, "validation": 50}},
+    )
+    outcome = launch(spec, settings, workers=2)
+    found = attempts(settings)
+    assert [a.attrs["stage"] for a in found] == ["coarse"] * 5 + ["fine"] * 7 + ["confirm"]
+    assert [round(a.attrs["epochs"] * 300 / 50) for a in found[:12]] == [24] * 12
+    assert found[-1].attrs["epochs"] == pytest.approx(36 / 7)
+    decades = [math.log10(a.params["lambda"]) for a in found[5:12]]
+    assert max(decades) - min(decades) <= 0.35 * 4
+    best = max(found[:12], key=lambda a: (a.value, a.slot))
+    assert outcome.chosen.params == found[-1].params == best.params
+
+
+def test_a_best_point_at_the_border_is_said_wherever_results_are(settings: Settings, tmp_path: Path) -> None:
+    """Launch, best, report and the note in the dashboard name the border that the best point lies at."""
+    space = {"eta": {"low": 1e-5, "high": 1e-3, "log": True}}
+    path = study_file(tmp_path, space=space, search={"method": "grid", "points": 3}, confirm=False)
+    words = "eta: the best value 0.001 lies at the upper border 0.001 of the space; widen it"
+    assert words in sieve(settings, "launch", str(path)).communicate()[0]
+    assert words in sieve(settings, "best", "quick").communicate()[0]
+    sieve(settings, "report", "quick", "--out", str(tmp_path)).communicate()
+    assert words in (tmp_path / "report.html").read_text()
+    record = run.stored("quick", settings)
+    assert words in record.storage.get_study_system_attrs(record.study_id)["dashboard:note_str:0"]
 
 
 @given(

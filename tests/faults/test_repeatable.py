@@ -61,7 +61,7 @@ for spec in json.loads(pathlib.Path(sys.argv[1]).read_text()):
     run.launch(restore(spec), Settings.from_environment(), workers=int(sys.argv[2]), publish=False)
 """
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow]
+pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def disturb(settings: Settings, begin: Callable[[int], subprocess.Popen[bytes]],
 
 
 def finish(runner: subprocess.Popen[bytes]) -> None:
-    said = runner.communicate(timeout=240)[1]
+    said = runner.communicate(timeout=600)[1]
     assert runner.returncode == 0, said.decode()
 
 
@@ -141,6 +141,7 @@ def test_the_number_of_workers_changes_no_trial(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_other_moments_change_nothing_either(
     settings: Settings, begin: Callable[[int], subprocess.Popen[bytes]], undisturbed: dict[str, Results], seed: int
