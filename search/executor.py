@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
 from functools import lru_cache
-from multiprocessing import active_children, connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ class LocalExecutor(Executor):
 
     def _serve(self) -> None:
         # Inherited by the workers from their first moment on: the runner alone decides what Ctrl-C and SIGTERM mean.
+        resource_tracker.ensure_running()  # which would let them through again
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         pool: ProcessPoolExecutor | None = None
         while (task := self._tasks.get()) is not None and not self._ending:

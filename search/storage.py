@@ -154,9 +154,11 @@ def _connect_args() -> dict[str, Any]:
     }
 
 
-def _lost(url: str, error: BaseException) -> StorageLost:
+def _lost(url: str, error: BaseException) -> StorageLost | DiskError:
     cause = error.__cause__ or error
     lines = str(getattr(cause, "orig", cause)).strip().splitlines() or [type(error).__name__]
+    if url.startswith("sqlite"):
+        return DiskError(url.removeprefix("sqlite:///"), lines[0])
     return StorageLost(f"the storage {redact(url)} does not answer: {redact(lines[0])}")
 
 

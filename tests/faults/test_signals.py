@@ -36,8 +36,8 @@ def test_the_first_signal_saves_and_says_how_to_go_on(
     path, chance, took = study_file(tmp_path, **SIX), random.Random(2), list[float]()
     for _ in range(5):
         runner = sieve(settings, "launch", path, "--workers", "2", "--no-publish", slices=0.3)
-        until(settings.outbox.exists)
-        time.sleep(chance.uniform(0, 4))
+        until(lambda pid=runner.pid: len(workers(pid)) > 0)  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 2))
         since = time.monotonic()
         with suppress(ProcessLookupError):
             os.killpg(runner.pid, number)
