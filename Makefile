@@ -19,8 +19,8 @@ demo: install # a first study on the handwritten digits, in under two minutes
 	$(BIN)/sieve launch studies/quickstart.yaml
 ui: install # MLflow and the Optuna dashboard on what is in mlruns/
 	$(BIN)/sieve ui
-test: install
-	$(BIN)/pytest
+test: install # all but the tests under faults, which take long and want a quiet machine
+	$(BIN)/pytest -m "not long and not fault"
 faults: install # everything that can go wrong, the long way; the table goes into docs/reliability.md
 	$(BIN)/pytest -m "fault or long" --figures docs/reliability.md
 lint: install
