@@ -675,7 +675,7 @@ def test_any_text_is_survived(text: str) -> None:
     survives(text)
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_change_of_a_study_is_survived(data: st.DataObject) -> None:
     """A valid study with parts replaced, removed or added is either another study or refused in lines."""
