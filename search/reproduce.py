@@ -128,12 +128,11 @@ def section(material: Material, compared: Sequence[Compared], shown: Iterable[tu
     facts += f"{seconds / 60:.1f} minutes of training."
     if material.outcome and len(material.spec.dimensions) and len(material.attempts) > 1:
         facts += f" Chosen by {spec.metric}: {run_name(material.outcome.chosen.params)}."
-    why = {
-        f"{setting(c)}, {c.published.metric}": report.reason(c)
-        for c in compared
-        if c.verdict == "different" or report.reason(c)
-    }
-    reasons = [f"- {what}: {text or 'not explained.'}" for what, text in why.items()]
+    why: dict[str, list[str]] = {}
+    for c in compared:
+        if (text := report.reason(c)) or c.verdict == "different":
+            why.setdefault(text or "not explained.", []).append(f"{setting(c)} ({c.published.metric})")
+    reasons = [f"- {'; '.join(places)}: {text}" for text, places in why.items()]
     parts = [f'<a id="{spec.name}"></a>', f"## {spec.description}", facts, comparison(compared)]
     if reasons:
         parts += ["Where ours differs:", "\n".join(reasons)]
@@ -211,7 +210,8 @@ def drawings(material: Material) -> list[Drawing]:
     else:
         found += report.curves(material)[:1]
     if not few or len(spec.dimensions) > 1:
-        found += report.slices(material) if len(spec.dimensions) > MOST_AXES else report.heat_maps(material)
+        maps = report.heat_maps(material) if len(spec.dimensions) <= MOST_AXES else []
+        found += maps or report.slices(material) or report.paths(material)
     return found + (templates[:1] if templates and not few else [])
 
 

@@ -114,7 +114,7 @@ def test_the_document_sets_published_beside_ours(folder: Path, settings: Setting
     assert second[5:7] == [f"+{mean - other:.2f} %", "**different**"]
     loss = np.mean([a["val_loss"] for a in plain])
     assert third[5:8] == [f"{loss - 99:.3f}", "**different**", "wrong \\| by far"]
-    assert "- lambda=0, test_accuracy: Ten is far too much.\n- lambda=0, val_loss: not explained.\n" in text
+    assert "- lambda=0 (test_accuracy): Ten is far too much.\n- lambda=0 (val_loss): not explained.\n" in text
     assert "As *expected*." in text
     assert rows(text)[2][1:] == ["1", "0", "2"]
 
