@@ -610,7 +610,8 @@ def _repeated(material: Material) -> Html:
         test = _spread(statistics.fmean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else ""
         mark = _tag("span", "chosen", class_="chosen") if chosen & set(group.slots) else ""
         mean = _spread(group.mean, group.deviation)
-        return [runs[0].attrs["stage"], *group.params.values(), group.n, mean, test, mark]
+        params = [group.params[name] for name in spec.dimensions]
+        return [runs[0].attrs["stage"], *params, group.n, mean, test, mark]
 
     head = ["stage", *spec.dimensions, "runs", spec.metric, "test_accuracy", ""]
     return _table(head, map(row, groups), id="repeated") if groups else Html()

@@ -1009,7 +1009,7 @@ def stages_in_words(spec: StudySpec, finished: list[Finished]) -> list[dict[str,
 def side(dimension: Range | Choice, ends: Sequence[Any]) -> str:
     """One side of a box in words."""
     if isinstance(dimension, Choice):
-        return ", ".join(map(str, ends))
+        return ", ".join(f"{end:g}" if isinstance(end, float) else str(end) for end in ends)
     return f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 

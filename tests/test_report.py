@@ -177,6 +177,7 @@ def test_the_page_says_what_was_asked_chosen_and_used(repeated: Material) -> Non
     assert page.column("trials", "slot") == ["s0.i0.r1", "s0.i0.r0", "s0.i1.r0", "s0.i1.r1"]
     assert page.column("trials", "status")[::3] == ["chosen ", "stopped diverged at update 7"]
     assert page.column("repeated", "test_accuracy") == ["0.5500 ± 0.0707"]
+    assert (page.column("repeated", "eta"), page.column("repeated", "lambda")) == (["0.1"], ["0"])
     facts = dict(page.tables["facts"][1:])
     assert facts["dataset digits"] == "sha256 " + "ab" * 32
     assert facts["BLAS"] == "openblas 1.2 with kernel Zen"
