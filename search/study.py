@@ -22,14 +22,16 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
 
 import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -37,9 +39,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from core.data import BATCHES
+from core.data import BATCHES, READERS
 from core.train import Evaluation, TrainConfig
 from search.errors import StudyFileError
+
+# Methods that ask a sampler of Optuna, and the function that makes one from a seed.
+SAMPLERS = {"tpe": "search.samplers:tpe", "gp": "search.samplers:gp", "cmaes": "search.samplers:cmaes"}
 
 Scalar = bool | int | float | str
 Place = tuple[str | int, ...]  # where in the file: ("space", "lambda", "low")
@@ -270,6 +275,13 @@ def _amount(value: Any) -> bool:
     return (type(value) is int and value > 0) or (type(value) is float and 0 < value < 1)
 
 
+def _dataset(value: Any) -> Any:
+    names = ["digits", *READERS]
+    if value not in names:
+        raise ValueError(f"expected one of {', '.join(names)}, got {_short(value)}")
+    return value
+
+
 def _names(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(isinstance(name, str) for name in value)
 
@@ -277,7 +289,7 @@ def _names(value: Any) -> bool:
 class DatasetSpec(_Model):
     """Which images to train on, to choose by and to test with."""
 
-    name: Literal["digits", "cifar10", "npz"]
+    name: Annotated[str, BeforeValidator(_dataset)] = Field(description="digits, cifar10, or npz for your own")
     path: str | None = Field(default=None, description="the npz file; cifar10: a folder other than SIEVE_DATA_DIR")
     train: Annotated[
         list[str] | Literal["all"] | int | float,
@@ -310,8 +322,8 @@ class DatasetSpec(_Model):
         return raw
 
     def _misfits(self) -> Iterator[Mistake]:
-        if self.name == "npz" and self.path is None:
-            yield ("path",), "required, but not given: the npz file"
+        if self.name not in ("digits", "cifar10") and self.path is None:
+            yield ("path",), f"required, but not given: the {self.name} file"
         if self.name == "digits" and self.path is not None:
             yield ("path",), f"expected none, the digits come with Sieve; got {_short(self.path)}"
         train = self.train if isinstance(self.train, list) else []
@@ -448,14 +460,30 @@ class CoarseToFine(_Model):
 class Sampler(_Model):
     """One of Optuna's own samplers: TPE, Gaussian process (needs the extra `gp`), CMA-ES."""
 
-    method: Literal["tpe", "gp", "cmaes"]
+    if TYPE_CHECKING:
+        method: Literal["tpe", "gp", "cmaes"]  # so that a comparison with "grid" tells the models apart
+    else:
+        method: Annotated[str, _that(lambda v: v in SAMPLERS, "a method of Optuna")]
     trials: Count = Field(default=32, description="as many as four stages of coarse to fine")
     generation: Count = Field(
         default=8, description="trials asked at once, before any of them is told: what makes it repeatable"
     )
 
 
-Search = Annotated[Random | Grid | Listed | CoarseToFine | Sampler, Field(discriminator="method")]
+def _kind(search: Any) -> Any:
+    """Which of the models below a search section is for."""
+    method = search.get("method") if isinstance(search, Mapping) else getattr(search, "method", None)
+    return "sampler" if isinstance(method, str) and method in SAMPLERS else method
+
+
+Search = Annotated[
+    Annotated[Random, Tag("random")]
+    | Annotated[Grid, Tag("grid")]
+    | Annotated[Listed, Tag("list")]
+    | Annotated[CoarseToFine, Tag("coarse-to-fine")]
+    | Annotated[Sampler, Tag("sampler")],
+    Discriminator(_kind),
+]
 
 
 class Confirm(_Model):
@@ -1003,7 +1031,8 @@ def _mistakes(error: ValueError) -> list[Mistake]:
         elif e["type"] == "union_tag_not_found":
             found.append(((*path, "method"), "required, but not given"))
         elif e["type"] == "union_tag_invalid":
-            found.append(((*path, "method"), f"expected {ctx['expected_tags']}, got {_short(ctx['tag'])}"))
+            expected = ctx["expected_tags"].replace("'sampler'", ", ".join(map(repr, SAMPLERS)))
+            found.append(((*path, "method"), f"expected {expected}, got {_short(ctx['tag'])}"))
         elif e["type"] == "missing":
             found.append((path, "required, but not given"))
         elif e["type"] in _EXPECTED:
@@ -1037,7 +1066,7 @@ _EXPECTED = {
 }
 
 
-_METHODS: tuple[type[BaseModel], ...] = (Random, Grid, Listed, CoarseToFine, Sampler, Median, Halving)
+_METHODS: tuple[type[BaseModel], ...] = (Random, Grid, Listed, CoarseToFine, Median, Halving)
 _SECTIONS: dict[str, type[BaseModel]] = {
     "dataset": DatasetSpec,
     "stages": Stage,
@@ -1047,6 +1076,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "space_from": SpaceFrom,
     **{model.__name__: model for model in (StudySpec, Range, Choice, Layers)},
     **{method: model for model in _METHODS for method in get_args(model.model_fields["method"].annotation)},
+    "sampler": Sampler,
 }
 
 
