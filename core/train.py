@@ -44,31 +44,31 @@ SNAPSHOT_UNITS = 100  # first-layer units kept for images
 class TrainConfig:
     """Everything that decides how one network is trained. Raises ValueError naming the field."""
 
-    hidden_sizes: tuple[int, ...] = (50,)  # () is softmax regression
-    activation: str = "relu"  # of network.ACTIVATIONS
-    init: str = "he"  # of network.INITS
-    weight_std: float = 0.01  # of init "normal"
-    bias_std: float = 0.0
-    optimizer: str = "sgd"  # of optim.UPDATE_RULES
+    hidden_sizes: tuple[int, ...] = (50,)  # units of each hidden layer; [] is softmax regression
+    activation: str = "relu"  # of the hidden layers
+    init: str = "he"  # how the deviation of initial weights depends on the layer; normal: weight_std
+    weight_std: float = 0.01  # of init normal
+    bias_std: float = 0.0  # deviation of initial biases
+    optimizer: str = "sgd"  # the update rule
     momentum: float = 0.0  # sgd
     nesterov: bool = False  # sgd with momentum
     beta1: float = 0.9  # adam
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    beta2: float = 0.999  # adam
+    epsilon: float = 1e-8  # adam
     eta: float = 0.01  # learning rate; the highest one of schedules that vary it
-    schedule: str = "constant"  # of optim.SCHEDULES
+    schedule: str = "constant"  # how the learning rate goes on
     decay: float = 1.0  # step: factor per epoch; exponential: k in eta * exp(-k * epoch)
     eta_min: float = 0.0  # cyclical and cosine
     n_s: int = 500  # cyclical: updates from eta_min to eta
     lam: float = 0.0  # `lambda` everywhere else: cost = loss + l2_scale * lambda * sum of squared weights
     l2_scale: float = 1.0  # 0.5 for the weight-decay convention
     dropout: float = 0.0  # probability of dropping a hidden unit, rounded to 1/256
-    batch_size: int = 100
-    epochs: int | None = 10
+    batch_size: int = 100  # examples per update
+    epochs: int | None = 10  # passes over the training data
     updates: int | None = None  # instead of epochs
     patience: int | None = None  # stop after so many evaluations without a lower validation loss
     curves: Literal["running", "full"] = "running"  # training curve: mean over the batches, or the whole split
-    eval_every: int | None = None  # updates between evaluations; None: once per epoch
+    eval_every: int | None = None  # updates between evaluations; none: once per epoch
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))

@@ -181,10 +181,10 @@ Point = Annotated[dict[str, Scalar], _mapping(_scalar)]
 class Range(_Model):
     """Numbers from low to high, both included; `integer` is set for settings that are whole numbers."""
 
-    low: float
-    high: float
-    log: bool = False
-    integer: bool = False
+    low: float = Field(description="the least value")
+    high: float = Field(description="the greatest value")
+    log: bool = Field(default=False, description="on a logarithmic scale, low above 0")
+    integer: bool = Field(default=False, description="whole numbers only; settings that count are always whole")
 
     def _misfits(self) -> Iterator[Mistake]:
         if self.log and self.low <= 0:
@@ -199,7 +199,9 @@ class Range(_Model):
 class Choice(_Model):
     """One of some values, in the file's order; hidden sizes are texts such as "[75, 150]"."""
 
-    choices: tuple[Scalar, ...] = Field(strict=False, min_length=1, max_length=1_000)
+    choices: tuple[Scalar, ...] = Field(
+        strict=False, min_length=1, max_length=1_000, description="the values; a bare list is short for this"
+    )
 
     def _misfits(self) -> Iterator[Mistake]:
         for i, choice in enumerate(self.choices):
@@ -213,8 +215,8 @@ Ends = Annotated[list[int], Field(min_length=2, max_length=2)]
 class Layers(_Model):
     """Hidden layers from layers[0] to layers[1], each of units[0] to units[1] units; one dimension for each layer."""
 
-    layers: Ends
-    units: Ends
+    layers: Ends = Field(description="the fewest and the most hidden layers, from 0 to 20")
+    units: Ends = Field(description="the fewest and the most units of a layer, from 1 to 100000")
     log: bool = Field(default=False, description="units on a logarithmic scale")
 
     def _misfits(self) -> Iterator[Mistake]:
@@ -376,7 +378,9 @@ class Listed(_Model):
     """Exactly these settings, in this order: for pairs that are no product of lists."""
 
     method: Literal["list"]
-    settings: list[Point] = Field(min_length=1, max_length=MOST_TRIALS)
+    settings: list[Point] = Field(
+        min_length=1, max_length=MOST_TRIALS, description="one mapping of training settings for each trial"
+    )
 
     def _misfits(self) -> Iterator[Mistake]:
         names, seen = self.settings[0].keys(), set[str]()
@@ -395,8 +399,8 @@ class Listed(_Model):
 class Box(_Model):
     """A part of a range."""
 
-    low: float
-    high: float
+    low: float = Field(description="within the range")
+    high: float = Field(description="within the range")
 
     def _misfits(self) -> Iterator[Mistake]:
         if self.low >= self.high:
@@ -511,7 +515,7 @@ class Halving(_Model):
 
     method: Literal["successive-halving", "hyperband"]
     least: Count = Field(default=2, description="evaluations every trial is given")
-    reduction: int = Field(default=3, ge=2, le=100)
+    reduction: int = Field(default=3, ge=2, le=100, description="one in so many goes on")
     barrier: bool = Field(
         default=False, description="successive-halving: a stage waits at each rung, so that timing decides nothing"
     )
@@ -542,13 +546,15 @@ class Published(_Model):
     """A figure to set beside ours, or an order of two settings."""
 
     where: Point = Field(default_factory=dict, description="the setting it belongs to; none: the study's choice")
-    label: str = Field(default="", max_length=200)
-    metric: Annotated[str, _metric("test_accuracy", "test_loss")] = "test_accuracy"
+    label: str = Field(default="", max_length=200, description="what the source calls it")
+    metric: Annotated[str, _metric("test_accuracy", "test_loss")] = Field(
+        default="test_accuracy", description="a metric as below, test_accuracy or test_loss"
+    )
     value: float | None = Field(default=None, description="none: the source says it in words only, see note")
-    deviation: float | None = Field(default=None, ge=0)
+    deviation: float | None = Field(default=None, ge=0, description="of the value over runs, if the source gives it")
     tolerance: float | None = Field(default=None, ge=0, description="ours counts as equal within this distance")
     below: Point = Field(default_factory=dict, description="instead of a value: a setting with a higher figure")
-    note: str = Field(default="", max_length=1_000)
+    note: str = Field(default="", max_length=1_000, description="where the figure stands, or the source's words")
     why: str = Field(default="", max_length=2_000, description="why ours differs, if it does")
 
     def _misfits(self) -> Iterator[Mistake]:
@@ -563,7 +569,7 @@ class Published(_Model):
 class SpaceFrom(_Model):
     """Another study, which must be finished: where its best trials lay narrows the space."""
 
-    study: str = Field(pattern=rf"^{_NAME}$")
+    study: str = Field(pattern=rf"^{_NAME}$", description="its name")
     top: float = Field(default=0.25, gt=0, le=1, description="the best fraction of its trials")
 
 
@@ -575,21 +581,29 @@ class StudySpec(_Model):
 
     SECONDARY: ClassVar = ("description", "remarks", "published", "limits")  # what may differ when a study is resumed
 
-    name: str = Field(pattern=rf"^{_NAME}$")
-    description: str = Field(default="", max_length=5_000)
+    name: str = Field(
+        pattern=rf"^{_NAME}$", description="letters a-z, digits, . _ and -; the study of this name is resumed"
+    )
+    description: str = Field(default="", max_length=5_000, description="Markdown, shown in both web pages")
     remarks: str = Field(default="", max_length=20_000, description="Markdown: what is seen in the results")
-    dataset: DatasetSpec
-    base: Fields = Field(default_factory=dict)
-    space: Annotated[dict[str, Entry], _mapping(_entry)] = Field(default_factory=dict)
-    space_from: SpaceFrom | None = None
-    search: Search
-    confirm: Confirm | None = None
+    dataset: DatasetSpec = Field(description="what to train on; a name alone is short for {name: ...}")
+    base: Fields = Field(default_factory=dict, description="training settings that every trial shares")
+    space: Annotated[dict[str, Entry], _mapping(_entry)] = Field(
+        default_factory=dict, description="what is searched: for each training setting a range, a list or layers"
+    )
+    space_from: SpaceFrom | None = Field(default=None, description="narrows the space to where another study did best")
+    search: Search = Field(description="how to search")
+    confirm: Confirm | None = Field(
+        default=None, description="the last stage; true or false also; by default true for coarse-to-fine"
+    )
     repeats: int = Field(default=1, ge=1, le=1_000, description="trainings of each configuration, with other seeds")
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    metric: Annotated[str, _metric()] = "val_accuracy"
-    limits: Limits = Limits()
-    pruner: Pruner | None = None
-    published: list[Published] = Field(default_factory=list, max_length=1_000)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of weights, of the data's order and of the search")
+    metric: Annotated[str, _metric()] = Field(
+        default="val_accuracy", description="what is maximised (accuracy) or minimised (loss, cost)"
+    )
+    limits: Limits = Field(default=Limits(), description="when to stop early")
+    pruner: Pruner | None = Field(default=None, description="which trials end early")
+    published: list[Published] = Field(default_factory=list, max_length=1_000, description="figures to compare with")
 
     @model_validator(mode="before")
     @classmethod
