@@ -60,7 +60,7 @@ class TrainConfig:
     decay: float = 1.0  # step: factor per epoch; exponential: k in eta * exp(-k * epoch)
     eta_min: float = 0.0  # cyclical and cosine
     n_s: int = 500  # cyclical: updates from eta_min to eta
-    lam: float = 0.0  # `lambda` everywhere else: cost = loss + l2_scale * lambda * sum of squared weights
+    lam: float = 0.0  # `lambda` in files: cost = loss + l2_scale * lambda * sum of squared weights
     l2_scale: float = 1.0  # 0.5 for the weight-decay convention
     dropout: float = 0.0  # probability of dropping a hidden unit, rounded to 1/256
     batch_size: int = 100  # examples per update
