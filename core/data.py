@@ -286,6 +286,10 @@ def read_cifar10(folder: Path) -> Source:
     return Source("cifar10", x, y, CIFAR10_CLASSES, (32, 32, 3), parts, files, findings if doubtful else ())
 
 
+# The datasets that are read from files, by the name that study files give them; all but cifar10 need `path` there.
+READERS: dict[str, Callable[[Path], Source]] = {"cifar10": read_cifar10, "npz": read_npz}
+
+
 def read_sums(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, of the SHA256SUMS in a folder or beside it; empty if there is none."""
     for path in (folder / "SHA256SUMS", folder.parent / "SHA256SUMS"):

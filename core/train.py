@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -44,34 +44,38 @@ SNAPSHOT_UNITS = 100  # first-layer units kept for images
 class TrainConfig:
     """Everything that decides how one network is trained. Raises ValueError naming the field."""
 
-    hidden_sizes: tuple[int, ...] = (50,)  # () is softmax regression
-    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
-    init: Literal["he", "xavier", "lecun", "normal"] = "he"
-    weight_std: float = 0.01  # of init "normal"
-    bias_std: float = 0.0
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    hidden_sizes: tuple[int, ...] = (50,)  # units of each hidden layer; [] is softmax regression
+    activation: str = "relu"  # of the hidden layers
+    init: str = "he"  # how the deviation of initial weights depends on the layer; normal: weight_std
+    weight_std: float = 0.01  # of init normal
+    bias_std: float = 0.0  # deviation of initial biases
+    optimizer: str = "sgd"  # the update rule
     momentum: float = 0.0  # sgd
     nesterov: bool = False  # sgd with momentum
     beta1: float = 0.9  # adam
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    beta2: float = 0.999  # adam
+    epsilon: float = 1e-8  # adam
     eta: float = 0.01  # learning rate; the highest one of schedules that vary it
-    schedule: Literal["constant", "exponential", "step", "cyclical", "cosine"] = "constant"
+    schedule: str = "constant"  # how the learning rate goes on
     decay: float = 1.0  # step: factor per epoch; exponential: k in eta * exp(-k * epoch)
     eta_min: float = 0.0  # cyclical and cosine
     n_s: int = 500  # cyclical: updates from eta_min to eta
-    lam: float = 0.0  # `lambda` everywhere else: cost = loss + l2_scale * lambda * sum of squared weights
+    lam: float = 0.0  # `lambda` in files: cost = loss + l2_scale * lambda * sum of squared weights
     l2_scale: float = 1.0  # 0.5 for the weight-decay convention
     dropout: float = 0.0  # probability of dropping a hidden unit, rounded to 1/256
-    batch_size: int = 100
-    epochs: int | None = 10
+    batch_size: int = 100  # examples per update
+    epochs: int | None = 10  # passes over the training data
     updates: int | None = None  # instead of epochs
     patience: int | None = None  # stop after so many evaluations without a lower validation loss
     curves: Literal["running", "full"] = "running"  # training curve: mean over the batches, or the whole split
-    eval_every: int | None = None  # updates between evaluations; None: once per epoch
+    eval_every: int | None = None  # updates between evaluations; none: once per epoch
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for name, table in _WORDS.items():
+            words, value = tuple(table()), getattr(self, name)
+            if value not in words:
+                raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
         for name, (holds, expected) in _EXPECTED.items():
             value = getattr(self, name)
             if not holds(value):
@@ -85,8 +89,8 @@ class TrainConfig:
 
     @property
     def update_rule(self) -> str:
-        if self.optimizer == "adam":
-            return "adam"
+        if self.optimizer != "sgd":
+            return self.optimizer
         return "nesterov" if self.nesterov else "momentum" if self.momentum else "sgd"
 
     @classmethod
@@ -122,10 +126,6 @@ def _integer(v: Any) -> bool:
     return isinstance(v, int) and not isinstance(v, bool) and v >= 1
 
 
-def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda v: v in names), "one of " + ", ".join(names)
-
-
 _POSITIVE = _number(lambda v: v > 0), "a number above 0"
 _NOT_NEGATIVE = _number(lambda v: v >= 0), "a number of 0 or more"
 _FRACTION = _number(lambda v: 0 <= v < 1), "a number from 0 to below 1"
@@ -135,19 +135,23 @@ _SIZES = (
     (lambda v: all(_integer(n) and n <= 100_000 for n in v) and len(v) <= 100),
     "a list of layer sizes, each from 1 to 100000",
 )
+# What a setting may be called, looked up when it is checked: whoever adds to a table need not say so here.
+_WORDS: dict[str, Callable[[], Iterable[str]]] = {
+    "activation": lambda: ACTIVATIONS,
+    "init": lambda: INITS,
+    "optimizer": lambda: [name for name in optim.UPDATE_RULES if name not in ("momentum", "nesterov")],  # sgd's
+    "schedule": lambda: optim.SCHEDULES,
+    "curves": lambda: ("running", "full"),
+}
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_sizes": _SIZES,
-    "activation": _one_of(*ACTIVATIONS),
-    "init": _one_of(*INITS),
     "weight_std": _NOT_NEGATIVE,
     "bias_std": _NOT_NEGATIVE,
-    "optimizer": _one_of("sgd", "adam"),
     "momentum": _FRACTION,
     "beta1": _FRACTION,
     "beta2": _FRACTION,
     "epsilon": _POSITIVE,
     "eta": _POSITIVE,
-    "schedule": _one_of(*optim.SCHEDULES),
     "decay": _NOT_NEGATIVE,
     "eta_min": _NOT_NEGATIVE,
     "n_s": _COUNT,
@@ -158,7 +162,6 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": _COUNT_OR_NONE,
     "updates": _COUNT_OR_NONE,
     "patience": _COUNT_OR_NONE,
-    "curves": _one_of("running", "full"),
     "eval_every": _COUNT_OR_NONE,
 }
 

@@ -1,7 +1,9 @@
 """The command line: a thin shell that parses, calls one function, shows what came back, and sets the exit code.
 
-Exit codes: 0 done, 1 the study failed or the disk is full, 2 wrong input, 130 interrupted. Everything heavy is
-imported where it is used.
+Exit codes: 0 done, 1 the study failed or the disk is full, 2 wrong input, 130 interrupted.
+
+With --json, stdout holds one JSON value and nothing else: an object where a command tells of one thing, a list of
+objects where it tells of several. What is wrong stands on stderr, as text, with or without it.
 """
 
 import errno
@@ -12,6 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,11 +25,13 @@ from search.errors import DiskError, SieveError, StudyFileError
 from search.settings import Settings, redact
 
 if TYPE_CHECKING:
+    from search.datasets import Row
     from search.run import Outcome, Runner
 
 app = typer.Typer(
     name="sieve",
     help="Coarse-to-fine hyper-parameter search for NumPy multi-layer perceptrons, every trial tracked in MLflow.",
+    epilog="Exit codes: 0 done, 1 the study failed or the disk is full, 2 wrong input, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -76,21 +81,28 @@ def _show_json(value: Any) -> None:
 
 
 @app.command()
-def validate(files: Annotated[list[Path], typer.Argument(help="Study files.", show_default=False)]) -> None:
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Study files.", show_default=False)], as_json: Json = False
+) -> None:
     """Check study files; one line for each mistake, and exit code 2."""
     from search import samplers, study
 
-    mistakes = []
+    rows: list[dict[str, Any]] = []
     for file in files:
+        rows.append({"file": str(file), "study": None, "mistakes": []})
         try:
             spec = study.load(file)
             samplers.check_packages(spec.search.method, str(file))
-            typer.echo(f"{file}: study '{spec.name}' is fine")
+            rows[-1]["study"] = spec.name
+            if not as_json:
+                typer.echo(f"{file}: study '{spec.name}' is fine")
         except StudyFileError as error:
-            mistakes += error.mistakes
-    for mistake in mistakes:
-        typer.echo(mistake, err=True)
-    if mistakes:
+            rows[-1]["mistakes"] = error.mistakes
+            for mistake in error.mistakes:
+                _say(mistake)
+    if as_json:
+        _show_json(rows)
+    if any(row["mistakes"] for row in rows):
         raise typer.Exit(2)
 
 
@@ -115,7 +127,8 @@ def launch(
         if detach:
             from search import serve
 
-            typer.echo(serve.enqueue(spec, settings))
+            said = serve.enqueue(spec, settings)
+            _show_json({"study": spec.name, "state": "queued"}) if as_json else typer.echo(said)
             return
         _run(
             spec.name,
@@ -328,14 +341,16 @@ def migrate() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Check storage, MLflow, data, outbox, BLAS, executor and versions; what to do about each finding."""
     with _errors():
         from search import doctor as checks
 
         findings = checks.examine(Settings.from_environment())
-        for finding in findings:
-            typer.echo(str(finding))
+        if as_json:
+            _show_json([asdict(finding) for finding in findings])
+        else:
+            typer.echo("\n".join(map(str, findings)))
         raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
@@ -343,6 +358,7 @@ def doctor() -> None:
 def sync(
     study: Annotated[str | None, typer.Argument(help="Only this study.", show_default=False)] = None,
     redo: Annotated[bool, typer.Option("--redo", help="Send again what was sent, even into an empty MLflow.")] = False,
+    as_json: Json = False,
     follow: Annotated[int | None, typer.Option(hidden=True, help="Go on while this process lives.")] = None,
 ) -> None:
     """Send to MLflow what has not reached it yet."""
@@ -354,7 +370,8 @@ def sync(
             tracking.redo(settings, study)
         left = tracking.publish(settings, follow=follow is not None, parent=follow, study=study, warn=_say)
         if follow is None:
-            typer.echo("everything is sent" if not left else f"{left} records could not be sent; try again later")
+            said = "everything is sent" if not left else f"{left} records could not be sent; try again later"
+            _show_json({"unsent": left}) if as_json else typer.echo(said)
             raise typer.Exit(1 if left else 0)
 
 
@@ -375,12 +392,18 @@ def gradcheck(as_json: Json = False) -> None:
 
 
 @data_app.command("list")
-def data_list() -> None:
+def data_list(as_json: Json = False) -> None:
     """Which datasets are here."""
     with _errors():
-        from search import datasets, show
+        from search import datasets
 
-        show.show_data(datasets.listing(Settings.from_environment()))
+        _show_data(datasets.listing(Settings.from_environment()), as_json)
+
+
+def _show_data(rows: "list[Row]", as_json: bool) -> None:
+    from search.show import show_data
+
+    _show_json([asdict(row) for row in rows]) if as_json else show_data(rows)
 
 
 @data_app.command("fetch")
@@ -396,13 +419,14 @@ def data_fetch(name: Annotated[str, typer.Argument(help="cifar10")]) -> None:
 def data_check(
     name: Annotated[str, typer.Argument(help="digits, cifar10 or npz")],
     path: Annotated[str | None, typer.Argument(help="npz: the file; cifar10: another folder")] = None,
+    as_json: Json = False,
 ) -> None:
     """Read every file of a dataset again and compare its checksum."""
     with _errors():
-        from search import datasets, show
+        from search import datasets
 
         rows = datasets.check(name, Settings.from_environment(), path)
-        show.show_data(rows)
+        _show_data(rows, as_json)
         if not all(row.ok for row in rows):
             raise typer.Exit(2)
 

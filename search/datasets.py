@@ -175,17 +175,16 @@ def find_cifar10(settings: Settings, path: str | None = None) -> Path:
 
 def _stored(spec: DatasetSpec, settings: Settings) -> tuple[Path, tuple[str, ...]]:
     """(folder of the converted copy, findings), reading the files only if they are new or have changed."""
-    read: Callable[[Path], Source]
     if spec.name == "cifar10":
-        path, read = find_cifar10(settings, spec.path), data.read_cifar10
+        path = find_cifar10(settings, spec.path)
         watched = [*sorted(path.glob("*_batch*")), path / "SHA256SUMS", path.parent / "SHA256SUMS"]
     else:
         if spec.path is None:
-            raise DataError("dataset.path: expected the path of an .npz file")
-        path, read = Path(spec.path).expanduser().absolute(), data.read_npz
-        if not path.is_file():
+            raise DataError(f"dataset.path: expected the path of {spec.name}'s file")
+        path = Path(spec.path).expanduser().absolute()
+        if not path.exists():
             raise DataError(f"{path}: no such file (dataset.path)")
-        watched = [path]
+        watched = [path, *sorted(path.rglob("*"))]
     stamps = {str(file): [(at := file.stat()).st_size, at.st_mtime_ns] for file in watched if file.is_file()}
     cache = settings.data_cache
     note = cache / f"{spec.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
@@ -196,7 +195,7 @@ def _stored(spec: DatasetSpec, settings: Settings) -> tuple[Path, tuple[str, ...
             return folder, tuple(known["findings"])
     except (OSError, ValueError, KeyError):
         pass  # never read before, or the copy is not whole: read the files
-    source = read(path)
+    source = data.READERS[spec.name](path)
     folder = cache / _copy_name(source)
     data.store(source, folder)
     content = {"folder": folder.name, "files": stamps, "findings": source.findings}
@@ -234,7 +233,8 @@ def listing(settings: Settings) -> list[Row]:
             rows.append(Row(name, "here", str(place())))
         except (DataError, ValueError) as error:
             rows.append(Row(name, "missing", str(error), ok=False))
-    return [*rows, Row("npz", "yours", "dataset.path: x_train, y_train[, x_val, y_val][, x_test, y_test] or x, y")]
+    about = {name: (read.__doc__ or "").partition("\n")[0] for name, read in data.READERS.items()}
+    return rows + [Row(name, "yours", f"dataset.path: {about[name]}") for name in about if name not in places]
 
 
 def check(name: str, settings: Settings, path: str | None = None) -> list[Row]:
@@ -247,12 +247,13 @@ def check(name: str, settings: Settings, path: str | None = None) -> list[Row]:
         for i, row in enumerate(rows):
             if row.ok and row.detail in {earlier.detail for earlier in rows[:i]}:
                 rows[i] = replace(row, state="refused", detail="the same as an earlier batch", ok=False)
-    elif name == "digits" or (name == "npz" and path):
+    elif name == "digits" or (name in data.READERS and path):
         with _as_data_error():
-            source = data.read_digits() if name == "digits" else data.read_npz(Path(str(path)).expanduser())
+            source = data.read_digits() if name == "digits" else data.READERS[name](Path(str(path)).expanduser())
         rows = [Row(source.files[0].name, "readable", f"{len(source.y):,} images of {source.x.shape[1]} pixels")]
     else:
-        raise DataError(f"expected digits, cifar10, or npz with the path of a file, got {name!r}")
+        with_path = " or ".join(other for other in data.READERS if other != "cifar10")
+        raise DataError(f"expected digits, cifar10, or {with_path} with the path of a file, got {name!r}")
     copies = sorted(settings.data_cache.glob(f"{name}-{'?' * 16}/"))
     return rows + [_check_copy(copy) for copy in copies]
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from search.study import StudySpec
+    from search.study import Sampler, StudySpec
 
 Scalar = bool | int | float | str
 Params = dict[str, Scalar]
@@ -337,13 +337,13 @@ def propose(
     """Every trial of each stage whose earlier stages are complete, those that are finished among them.
 
     The list is the same until a stage (or a generation of an Optuna sampler) is complete, whatever the order
-    of `finished`. Methods tpe, gp and cmaes need `ask`, which gets the number of a generation, how many
+    of `finished`. Methods that ask a sampler of Optuna need `ask`, which gets the number of a generation, how many
     configurations to name and the results of the generations before. Raises ValueError without it.
 
     `started` holds the trials that have a slot but no score yet. It matters after a study was extended: then
     they keep their slots, as the finished ones do, among the points that were put between them.
     """
-    if ask is None and spec.search.method in ("tpe", "gp", "cmaes"):
+    if ask is None and hasattr(spec.search, "generation"):
         raise ValueError(f"method {spec.search.method} needs ask, see samplers.asker")
     return [proposal for proposals, _ in _planned(spec, finished, ask, started) for proposal in proposals]
 
@@ -457,13 +457,11 @@ def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, 
         else:
             points = _uniform(search.trials, list(dimensions), spec.seed)
         return _params(dimensions, place(whole, points))
-    return _generations(spec, finished, ask)
+    return _generations(spec, search, finished, ask)
 
 
-def _generations(spec: StudySpec, finished: Sequence[Finished], ask: Ask | None) -> list[Params]:
+def _generations(spec: StudySpec, search: Sampler, finished: Sequence[Finished], ask: Ask | None) -> list[Params]:
     """What an Optuna sampler named in the generations that are complete, and in the next one."""
-    search = spec.search
-    assert search.method in ("tpe", "gp", "cmaes")
     done = {f.slot: f for f in _in_order(finished) if f.slot.stage == 0}
     found: list[Params] = []
     for number, first in enumerate(range(0, search.trials, search.generation)):

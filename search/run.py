@@ -41,7 +41,7 @@ from search.executor import LOST, advance_elsewhere, advance_here, open_executor
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
-from search.samplers import OPTUNA_SAMPLERS, asker, check_packages
+from search.samplers import asker, check_packages
 from search.settings import Settings, redact
 from search.storage import (
     PATIENCE,
@@ -56,7 +56,7 @@ from search.storage import (
     register,
     study_names,
 )
-from search.study import Choice, Halving, Range, StudySpec, narrowed
+from search.study import Choice, Halving, Range, Sampler, StudySpec, narrowed
 from search.tracking import links, run_link
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
@@ -172,7 +172,7 @@ def steady_clock() -> Callable[[], float]:
 
 def is_asked(spec: StudySpec) -> bool:
     """Whether one of Optuna's samplers chooses the points."""
-    return spec.search.method in OPTUNA_SAMPLERS
+    return isinstance(spec.search, Sampler)
 
 
 def score(spec: StudySpec, attempt: Attempt) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from itertools import accumulate
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -190,11 +191,27 @@ def _comparable(distribution: BaseDistribution, other: BaseDistribution) -> bool
 
 # --- Optuna's own samplers, a generation at a time ---------------------------------------------------------------
 
-OPTUNA_SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
-    "tpe": lambda seed: TPESampler(seed=seed),
-    "gp": lambda seed: GPSampler(seed=seed),
-    "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
-}
+
+def tpe(seed: int) -> BaseSampler:
+    return TPESampler(seed=seed)
+
+
+def gp(seed: int) -> BaseSampler:
+    return GPSampler(seed=seed)
+
+
+def cmaes(seed: int) -> BaseSampler:
+    return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+
+
+def sampler(method: str, seed: int) -> BaseSampler:
+    """The sampler that this method of a study file asks."""
+    from search.study import SAMPLERS  # here: CoarseToFineSampler needs nothing of study files
+
+    make: Callable[[int], BaseSampler] = resolve_name(SAMPLERS[method])
+    return make(seed)
+
+
 NEEDS = {"gp": "torch", "cmaes": "cmaes"}  # packages that Optuna does not bring along
 
 
@@ -210,13 +227,13 @@ def check_packages(method: str, source: str) -> None:
 
 
 def asker(method: str, distributions: Mapping[str, BaseDistribution], seed: int) -> Ask:
-    """What `plan.propose` asks for methods tpe, gp and cmaes: one of Optuna's samplers, a generation at a time.
+    """What `plan.propose` asks for the methods of SAMPLERS: one of Optuna's samplers, a generation at a time.
 
     The sampler lives in a study of its own, in memory, which is led again through all earlier generations when
     a study resumes: asked for the same number, told the same scores in the order of their slots. A failed
     trial is told as the worst that did not fail, so that the sampler learns to keep away.
     """
-    study = optuna.create_study(direction="maximize", sampler=OPTUNA_SAMPLERS[method](seed))
+    study = optuna.create_study(direction="maximize", sampler=sampler(method, seed))
     asked: list[list[optuna.Trial]] = []
 
     def ask(generation: int, count: int, results: Sequence[Result]) -> list[Params]:

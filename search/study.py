@@ -22,14 +22,16 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
 
 import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -37,9 +39,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from core.data import BATCHES
+from core.data import BATCHES, READERS
 from core.train import Evaluation, TrainConfig
 from search.errors import StudyFileError
+
+# Methods that ask a sampler of Optuna, and the function that makes one from a seed.
+SAMPLERS = {"tpe": "search.samplers:tpe", "gp": "search.samplers:gp", "cmaes": "search.samplers:cmaes"}
 
 Scalar = bool | int | float | str
 Place = tuple[str | int, ...]  # where in the file: ("space", "lambda", "low")
@@ -176,10 +181,10 @@ Point = Annotated[dict[str, Scalar], _mapping(_scalar)]
 class Range(_Model):
     """Numbers from low to high, both included; `integer` is set for settings that are whole numbers."""
 
-    low: float
-    high: float
-    log: bool = False
-    integer: bool = False
+    low: float = Field(description="the least value")
+    high: float = Field(description="the greatest value")
+    log: bool = Field(default=False, description="on a logarithmic scale, low above 0")
+    integer: bool = Field(default=False, description="whole numbers only; settings that count are always whole")
 
     def _misfits(self) -> Iterator[Mistake]:
         if self.log and self.low <= 0:
@@ -194,7 +199,9 @@ class Range(_Model):
 class Choice(_Model):
     """One of some values, in the file's order; hidden sizes are texts such as "[75, 150]"."""
 
-    choices: tuple[Scalar, ...] = Field(strict=False, min_length=1, max_length=1_000)
+    choices: tuple[Scalar, ...] = Field(
+        strict=False, min_length=1, max_length=1_000, description="the values; a bare list is short for this"
+    )
 
     def _misfits(self) -> Iterator[Mistake]:
         for i, choice in enumerate(self.choices):
@@ -208,8 +215,8 @@ Ends = Annotated[list[int], Field(min_length=2, max_length=2)]
 class Layers(_Model):
     """Hidden layers from layers[0] to layers[1], each of units[0] to units[1] units; one dimension for each layer."""
 
-    layers: Ends
-    units: Ends
+    layers: Ends = Field(description="the fewest and the most hidden layers, from 0 to 20")
+    units: Ends = Field(description="the fewest and the most units of a layer, from 1 to 100000")
     log: bool = Field(default=False, description="units on a logarithmic scale")
 
     def _misfits(self) -> Iterator[Mistake]:
@@ -270,6 +277,13 @@ def _amount(value: Any) -> bool:
     return (type(value) is int and value > 0) or (type(value) is float and 0 < value < 1)
 
 
+def _dataset(value: Any) -> Any:
+    names = ["digits", *READERS]
+    if value not in names:
+        raise ValueError(f"expected one of {', '.join(names)}, got {_short(value)}")
+    return value
+
+
 def _names(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(isinstance(name, str) for name in value)
 
@@ -277,7 +291,7 @@ def _names(value: Any) -> bool:
 class DatasetSpec(_Model):
     """Which images to train on, to choose by and to test with."""
 
-    name: Literal["digits", "cifar10", "npz"]
+    name: Annotated[str, BeforeValidator(_dataset)] = Field(description="digits, cifar10, or npz for your own")
     path: str | None = Field(default=None, description="the npz file; cifar10: a folder other than SIEVE_DATA_DIR")
     train: Annotated[
         list[str] | Literal["all"] | int | float,
@@ -310,8 +324,8 @@ class DatasetSpec(_Model):
         return raw
 
     def _misfits(self) -> Iterator[Mistake]:
-        if self.name == "npz" and self.path is None:
-            yield ("path",), "required, but not given: the npz file"
+        if self.name not in ("digits", "cifar10") and self.path is None:
+            yield ("path",), f"required, but not given: the {self.name} file"
         if self.name == "digits" and self.path is not None:
             yield ("path",), f"expected none, the digits come with Sieve; got {_short(self.path)}"
         train = self.train if isinstance(self.train, list) else []
@@ -364,7 +378,9 @@ class Listed(_Model):
     """Exactly these settings, in this order: for pairs that are no product of lists."""
 
     method: Literal["list"]
-    settings: list[Point] = Field(min_length=1, max_length=MOST_TRIALS)
+    settings: list[Point] = Field(
+        min_length=1, max_length=MOST_TRIALS, description="one mapping of training settings for each trial"
+    )
 
     def _misfits(self) -> Iterator[Mistake]:
         names, seen = self.settings[0].keys(), set[str]()
@@ -383,8 +399,8 @@ class Listed(_Model):
 class Box(_Model):
     """A part of a range."""
 
-    low: float
-    high: float
+    low: float = Field(description="within the range")
+    high: float = Field(description="within the range")
 
     def _misfits(self) -> Iterator[Mistake]:
         if self.low >= self.high:
@@ -448,14 +464,30 @@ class CoarseToFine(_Model):
 class Sampler(_Model):
     """One of Optuna's own samplers: TPE, Gaussian process (needs the extra `gp`), CMA-ES."""
 
-    method: Literal["tpe", "gp", "cmaes"]
+    if TYPE_CHECKING:
+        method: Literal["tpe", "gp", "cmaes"]  # so that a comparison with "grid" tells the models apart
+    else:
+        method: Annotated[str, _that(lambda v: v in SAMPLERS, "a method of Optuna")]
     trials: Count = Field(default=32, description="as many as four stages of coarse to fine")
     generation: Count = Field(
         default=8, description="trials asked at once, before any of them is told: what makes it repeatable"
     )
 
 
-Search = Annotated[Random | Grid | Listed | CoarseToFine | Sampler, Field(discriminator="method")]
+def _kind(search: Any) -> Any:
+    """Which of the models below a search section is for."""
+    method = search.get("method") if isinstance(search, Mapping) else getattr(search, "method", None)
+    return "sampler" if isinstance(method, str) and method in SAMPLERS else method
+
+
+Search = Annotated[
+    Annotated[Random, Tag("random")]
+    | Annotated[Grid, Tag("grid")]
+    | Annotated[Listed, Tag("list")]
+    | Annotated[CoarseToFine, Tag("coarse-to-fine")]
+    | Annotated[Sampler, Tag("sampler")],
+    Discriminator(_kind),
+]
 
 
 class Confirm(_Model):
@@ -483,7 +515,7 @@ class Halving(_Model):
 
     method: Literal["successive-halving", "hyperband"]
     least: Count = Field(default=2, description="evaluations every trial is given")
-    reduction: int = Field(default=3, ge=2, le=100)
+    reduction: int = Field(default=3, ge=2, le=100, description="one in so many goes on")
     barrier: bool = Field(
         default=False, description="successive-halving: a stage waits at each rung, so that timing decides nothing"
     )
@@ -514,13 +546,15 @@ class Published(_Model):
     """A figure to set beside ours, or an order of two settings."""
 
     where: Point = Field(default_factory=dict, description="the setting it belongs to; none: the study's choice")
-    label: str = Field(default="", max_length=200)
-    metric: Annotated[str, _metric("test_accuracy", "test_loss")] = "test_accuracy"
+    label: str = Field(default="", max_length=200, description="what the source calls it")
+    metric: Annotated[str, _metric("test_accuracy", "test_loss")] = Field(
+        default="test_accuracy", description="a metric as below, test_accuracy or test_loss"
+    )
     value: float | None = Field(default=None, description="none: the source says it in words only, see note")
-    deviation: float | None = Field(default=None, ge=0)
+    deviation: float | None = Field(default=None, ge=0, description="of the value over runs, if the source gives it")
     tolerance: float | None = Field(default=None, ge=0, description="ours counts as equal within this distance")
     below: Point = Field(default_factory=dict, description="instead of a value: a setting with a higher figure")
-    note: str = Field(default="", max_length=1_000)
+    note: str = Field(default="", max_length=1_000, description="where the figure stands, or the source's words")
     why: str = Field(default="", max_length=2_000, description="why ours differs, if it does")
 
     def _misfits(self) -> Iterator[Mistake]:
@@ -535,7 +569,7 @@ class Published(_Model):
 class SpaceFrom(_Model):
     """Another study, which must be finished: where its best trials lay narrows the space."""
 
-    study: str = Field(pattern=rf"^{_NAME}$")
+    study: str = Field(pattern=rf"^{_NAME}$", description="its name")
     top: float = Field(default=0.25, gt=0, le=1, description="the best fraction of its trials")
 
 
@@ -547,21 +581,29 @@ class StudySpec(_Model):
 
     SECONDARY: ClassVar = ("description", "remarks", "published", "limits")  # what may differ when a study is resumed
 
-    name: str = Field(pattern=rf"^{_NAME}$")
-    description: str = Field(default="", max_length=5_000)
+    name: str = Field(
+        pattern=rf"^{_NAME}$", description="letters a-z, digits, . _ and -; the study of this name is resumed"
+    )
+    description: str = Field(default="", max_length=5_000, description="Markdown, shown in both web pages")
     remarks: str = Field(default="", max_length=20_000, description="Markdown: what is seen in the results")
-    dataset: DatasetSpec
-    base: Fields = Field(default_factory=dict)
-    space: Annotated[dict[str, Entry], _mapping(_entry)] = Field(default_factory=dict)
-    space_from: SpaceFrom | None = None
-    search: Search
-    confirm: Confirm | None = None
+    dataset: DatasetSpec = Field(description="what to train on; a name alone is short for {name: ...}")
+    base: Fields = Field(default_factory=dict, description="training settings that every trial shares")
+    space: Annotated[dict[str, Entry], _mapping(_entry)] = Field(
+        default_factory=dict, description="what is searched: for each training setting a range, a list or layers"
+    )
+    space_from: SpaceFrom | None = Field(default=None, description="narrows the space to where another study did best")
+    search: Search = Field(description="how to search")
+    confirm: Confirm | None = Field(
+        default=None, description="the last stage; true or false also; by default true for coarse-to-fine"
+    )
     repeats: int = Field(default=1, ge=1, le=1_000, description="trainings of each configuration, with other seeds")
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    metric: Annotated[str, _metric()] = "val_accuracy"
-    limits: Limits = Limits()
-    pruner: Pruner | None = None
-    published: list[Published] = Field(default_factory=list, max_length=1_000)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of weights, of the data's order and of the search")
+    metric: Annotated[str, _metric()] = Field(
+        default="val_accuracy", description="what is maximised (accuracy) or minimised (loss, cost)"
+    )
+    limits: Limits = Field(default=Limits(), description="when to stop early")
+    pruner: Pruner | None = Field(default=None, description="which trials end early")
+    published: list[Published] = Field(default_factory=list, max_length=1_000, description="figures to compare with")
 
     @model_validator(mode="before")
     @classmethod
@@ -1003,7 +1045,8 @@ def _mistakes(error: ValueError) -> list[Mistake]:
         elif e["type"] == "union_tag_not_found":
             found.append(((*path, "method"), "required, but not given"))
         elif e["type"] == "union_tag_invalid":
-            found.append(((*path, "method"), f"expected {ctx['expected_tags']}, got {_short(ctx['tag'])}"))
+            expected = ctx["expected_tags"].replace("'sampler'", ", ".join(map(repr, SAMPLERS)))
+            found.append(((*path, "method"), f"expected {expected}, got {_short(ctx['tag'])}"))
         elif e["type"] == "missing":
             found.append((path, "required, but not given"))
         elif e["type"] in _EXPECTED:
@@ -1037,7 +1080,7 @@ _EXPECTED = {
 }
 
 
-_METHODS: tuple[type[BaseModel], ...] = (Random, Grid, Listed, CoarseToFine, Sampler, Median, Halving)
+_METHODS: tuple[type[BaseModel], ...] = (Random, Grid, Listed, CoarseToFine, Median, Halving)
 _SECTIONS: dict[str, type[BaseModel]] = {
     "dataset": DatasetSpec,
     "stages": Stage,
@@ -1047,6 +1090,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "space_from": SpaceFrom,
     **{model.__name__: model for model in (StudySpec, Range, Choice, Layers)},
     **{method: model for model in _METHODS for method in get_args(model.model_fields["method"].annotation)},
+    "sampler": Sampler,
 }
 
 

@@ -17,8 +17,8 @@ from optuna.testing.pytest_samplers import (
 )
 
 from search.plan import Finished, Proposal, propose
-from search.samplers import NEEDS, OPTUNA_SAMPLERS, CoarseToFineSampler, asker
-from search.study import restore
+from search.samplers import NEEDS, CoarseToFineSampler, asker
+from search.study import SAMPLERS, restore
 
 SPACE: dict[str, Any] = {
     "x": FloatDistribution(1e-5, 1.0, log=True),
@@ -224,7 +224,7 @@ def test_optunas_samplers_repeat_themselves(method: str) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("method", OPTUNA_SAMPLERS)
+@pytest.mark.parametrize("method", SAMPLERS)
 def test_optunas_samplers_learn(method: str) -> None:
     """The last third of the trials of one of Optuna's samplers is better than the first third."""
     scores = [f.score for f in search(method, trials=36) if f.slot.stage == 0]

@@ -435,7 +435,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no dataset": (study(dataset=None), ["dataset: required, but not given"]),
     "unknown dataset": (
         study(dataset="mnist"),
-        ["dataset.name: expected 'digits', 'cifar10' or 'npz', got 'mnist'"],
+        ["dataset.name: expected one of digits, cifar10, npz, got 'mnist'"],
     ),
     "npz without file": (study(dataset="npz"), ["dataset.path: required, but not given: the npz file"]),
     "unknown batch": (

@@ -35,7 +35,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, QMCSampler, RandomSampler
 
 from search.plan import Finished, Slot, ranked, results, unit_points
-from search.samplers import NEEDS, OPTUNA_SAMPLERS, CoarseToFineSampler
+from search.samplers import NEEDS, CoarseToFineSampler, cmaes, gp, tpe
 
 CONFIRM = {16: (2, 2), 32: (4, 2), 64: (4, 4)}  # budget: configurations that are trained again, and how often
 DRAWS = 20  # of the noise in confirm, for each search: the mean over them says the same with a smaller error
@@ -49,7 +49,9 @@ METHODS: dict[str, Callable[[int, int], BaseSampler]] = {  # of the trials to se
     "random": lambda n, seed: RandomSampler(seed=seed),
     "sobol": lambda n, seed: QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False),
     "coarse-to-fine": lambda n, seed: CoarseToFineSampler(n, seed=seed),
-    **{name: lambda n, seed, name=name: OPTUNA_SAMPLERS[name](seed) for name in ("tpe", "cmaes", "gp")},  # type: ignore[misc]
+    "tpe": lambda n, seed: tpe(seed),
+    "cmaes": lambda n, seed: cmaes(seed),
+    "gp": lambda n, seed: gp(seed),
 }
 
 
