@@ -52,7 +52,7 @@ def load(path: Path) -> tuple[State, Progress]:
 
 
 def _load(path: Path) -> tuple[State, Progress]:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         header: dict[str, Any] = json.loads(str(archive["header"]))
         config = TrainConfig.from_params(header["config"])
         depth = len(config.hidden_sizes) + 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import time
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_info
 
 from search import datasets
-from search.errors import SieveError
+from search.errors import DiskError, SieveError
 from search.executor import cores, open_executor
 from search.outbox import Outbox
 from search.settings import Settings, redact
@@ -54,6 +55,8 @@ def examine(settings: Settings) -> list[Finding]:
             findings += check(settings)
         except (SieveError, OSError) as error:
             findings.append(Finding(what, False, str(error)))
+        except sqlite3.Error as error:
+            findings.append(Finding(what, False, str(DiskError(str(settings.outbox), str(error)))))
     return findings
 
 

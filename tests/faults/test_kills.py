@@ -2,9 +2,12 @@
 
 import random
 import signal
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +127,100 @@ def test_everything_may_die_at_once(new_home: Home, tmp_path: Path, calm: Calms,
     assert (finish(synced), synced.returncode) == ("", 0)
     found = verdict(settings, "quick", calm(**SIX).results, settings.home / "mlflow.db")
     figures("all processes killed at once", found, len(recoveries), max(recoveries[1:]))
+
+
+def test_of_many_runners_started_at_once_one_runs(
+    settings: Settings, tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """Four runners, and a new home each time they race for: one makes the tables and runs; the others say who does."""
+    path, rounds = study_file(tmp_path, **SIX), 3
+    for n in range(rounds):
+        home = replace(settings, home=settings.home / str(n), storage=f"sqlite:///{settings.home}/{n}/sieve.db")
+        runners = [sieve(home, "launch", path, *QUIETLY) for _ in range(4)]
+        ends = [(finish(runner), runner.returncode) for runner in runners]
+        assert sorted(code for _, code in ends) == [0, 2, 2, 2], ends
+        assert all(
+            "is being run by another process" in said and len(said.splitlines()) == 1 for said, code in ends if code
+        )
+        found = verdict(home, "quick", calm(**SIX).results)
+        assert not any(found), found
+    figures("four runners at once, an empty home", found, rounds)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_budget_is_exact(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, count: int) -> None:
+    """A hundred trials are a hundred results, numbered without a gap, for any number of workers."""
+    parts = {"search": {"method": "random", "trials": 100}, "base": {"batch_size": 50, "epochs": 2}, "confirm": False}
+    said = finish(
+        runner := sieve(settings, "launch", study_file(tmp_path, **parts), "--workers", str(count), "--no-publish")
+    )
+    assert runner.returncode == 0, said
+    assert [trial.number for trial in trials(settings, "quick")] == list(range(100))
+    figures(f"exact budget, {count} workers", verdict(settings, "quick", calm(**parts).results), also="100 of 100")
+
+
+def test_a_trial_without_memory_fails_alone(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures) -> None:
+    """A network that no memory holds, or a batch larger than the data, fails with its reason; the others are done."""
+    fine = [{"hidden_sizes": [size], "batch_size": 20} for size in (8, 16)]
+    wrong = [{"hidden_sizes": [100_000, 100_000], "batch_size": 20}, {"hidden_sizes": [8], "batch_size": 500}]
+    parts = {"search": {"method": "list", "settings": fine + wrong}, "space": {}, "confirm": False}
+    limited = ["bash", "-c", 'ulimit -v 16000000; exec "$@"', "-"]  # 100,000 x 100,000 weights are 40 GB
+    runner = sieve(settings, "launch", study_file(tmp_path, **parts), *QUIETLY, before=limited)
+    said = finish(runner)
+    assert runner.returncode == 0, said
+    failed = {t.user_attrs["slot"]: t.user_attrs["reason"] for t in trials(settings, "quick") if t.state.name == "FAIL"}
+    assert sorted(failed) == ["s0.i2.r0", "s0.i3.r0"]
+    assert "cannot be trained: Unable to allocate" in failed["s0.i2.r0"]
+    assert "expected at most the 300 training examples, got 500" in failed["s0.i3.r0"]
+    parts["search"] = {"method": "list", "settings": fine}
+    figures(
+        "a trial without memory", verdict(settings, "quick", calm(**parts).results), also="it fails, with its reason"
+    )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_study_ends_though_somebody_dies_every_few_seconds(
+    new_home: Home, tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """Every 1 to 5 s the runner, a worker or the publisher is killed, and a runner started again, until 40 trials end.
+
+    That takes at most half as long again as without, beside a start for each runner or worker that was killed.
+    """
+    parts = SIX | {"search": {"method": "random", "trials": 40}, "base": {"batch_size": 5, "epochs": 300}}
+    undisturbed = calm(**parts)
+    settings, path, chance = new_home("home"), study_file(tmp_path, **parts), random.Random(3)
+    killed, since = Counter[str](), time.monotonic()
+
+    def start() -> subprocess.Popen[str]:
+        return sieve(settings, "launch", path, "--workers", "2", slices=1, patience=1)
+
+    runner = start()
+    starting = seconds_to_the_next_slice(settings, runner)
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            runner.wait(chance.uniform(1, 5))
+            break
+        kinds = {
+            "runner": [psutil.Process(runner.pid)],
+            "worker": workers(runner.pid),
+            "publisher": publisher(runner.pid),
+        }
+        who, victim = chance.choice([(who, one) for who, found in kinds.items() for one in found])
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+            killed[who] += 1
+        if who == "runner":
+            runner.communicate()
+            runner = start()
+    took = time.monotonic() - since
+    said = finish(runner)
+    assert runner.returncode == 0, said
+    synced = sieve(settings, "sync")
+    assert (finish(synced), synced.returncode) == ("", 0)
+    found = verdict(settings, "quick", undisturbed.results, settings.home / "mlflow.db")
+    ratio = (took - starting * (killed["runner"] + killed["worker"])) / undisturbed.seconds
+    also = f"{', '.join(f'{n} x {who}' for who, n in killed.items())}; {ratio:.2f} of the calm time beside starts"
+    figures("somebody killed every 1 to 5 s", found, killed.total(), starting, also)
+    assert killed.total() >= 5
+    assert ratio < 1.5
