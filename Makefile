@@ -8,7 +8,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 unexport OPENBLAS_CORETYPE
 
-.PHONY: install demo ui test faults lint bench bench-search clean
+.PHONY: install demo ui test faults lint bench bench-search bench-scale clean
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,8 +19,8 @@ demo: install # a first study on the handwritten digits, in under two minutes
 	$(BIN)/sieve launch studies/quickstart.yaml
 ui: install # MLflow and the Optuna dashboard on what is in mlruns/
 	$(BIN)/sieve ui
-test: install # all but the tests under faults, which take long and want a quiet machine
-	$(BIN)/pytest -m "not long and not fault"
+test: install
+	$(BIN)/pytest
 faults: install # everything that can go wrong, the long way; the table goes into docs/reliability.md
 	$(BIN)/pytest -m "fault or long" --figures docs/reliability.md
 lint: install
@@ -32,6 +32,9 @@ bench: install # speed, beside PyTorch and scikit-learn where they are installed
 	$(BIN)/python tests/bench/bench_train.py
 	$(BIN)/python tests/bench/bench_service.py
 	$(BIN)/python tests/bench/bench_tracking.py
+	$(BIN)/python tests/bench/bench_scale.py
+bench-scale: install # many trials and many workers
+	$(BIN)/python tests/bench/bench_scale.py
 bench-search: install # regret, beside Optuna's samplers
 	$(BIN)/python tests/bench/bench_search.py
 clean:

@@ -1,7 +1,7 @@
 """A trial between two slices as a file: plain arrays and a JSON header, nothing that runs when it is read."""
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,5 +79,5 @@ def _load(path: Path) -> tuple[State, Progress]:
 
 def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
-    if path.parent.is_dir() and not os.listdir(path.parent):
+    with suppress(OSError):  # the study's other checkpoints
         path.parent.rmdir()

@@ -34,6 +34,7 @@ RECOUNT_SECONDS = 1.0  # between questions how many workers there are
 CONNECT_SECONDS = 5.0
 MOST_STARTS = 3
 
+Slice = tuple[list[State], list[Progress], float]  # what a worker gives back, and the seconds that it took
 Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
@@ -144,11 +145,12 @@ def open_executor(address: str, workers: int | None) -> tuple[Executor, Callable
     return LocalExecutor(count), lambda: count
 
 
-def advance_here(states: Sequence[State], data: Dataset, epochs: int) -> tuple[list[State], list[Progress]]:
+def advance_here(states: Sequence[State], data: Dataset, epochs: int) -> Slice:
     """`advance` in a worker."""
     for state in states:
         failpoint(f"eta={state.config.eta:g}")
-    return advance(states, data, epochs)
+    began = time.monotonic()
+    return *advance(states, data, epochs), time.monotonic() - began
 
 
 # ---- elsewhere
@@ -233,10 +235,8 @@ class DaskExecutor(Executor):
             self._client.close(timeout=CONNECT_SECONDS)
 
 
-def advance_elsewhere(
-    states: Sequence[State], dataset: str, digest: str, epochs: int
-) -> tuple[list[State], list[Progress]]:
-    """`advance` on a host of its own: `dataset` is the JSON of a DatasetSpec, `digest` that of its content."""
+def advance_elsewhere(states: Sequence[State], dataset: str, digest: str, epochs: int) -> Slice:
+    """The same on a host of its own: `dataset` is the JSON of a DatasetSpec, `digest` that of its content."""
     return advance_here(states, own_copy(dataset, digest), epochs)
 
 

@@ -14,8 +14,9 @@ import statistics
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, product
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -181,8 +182,10 @@ def fill(cube: Cube, n: int, points: Array, scores: Array, *seed: int, candidate
     for k, group in enumerate(groups):
         gaps = group[:, None] - points
         distances = np.where(choice, gaps != 0, gaps**2).sum(-1)
-        nearest = np.argsort(distances, axis=1, kind="stable")[:, :near]
-        chosen[k] = group[ranks[nearest].sum(1).argmax()]
+        last = np.partition(distances, near - 1, axis=1)[:, [near - 1]]
+        nearer, as_near = distances < last, distances == last
+        nearest = nearer | (as_near & (as_near.cumsum(1) <= near - nearer.sum(1, keepdims=True)))  # the earlier first
+        chosen[k] = group[(nearest * ranks).sum(1).argmax()]
     return chosen
 
 
@@ -369,8 +372,9 @@ def boxes(spec: StudySpec, finished: Sequence[Finished]) -> list[Box | None]:
     if spec.search.method == "list":
         cubes: list[Cube] = []
     elif spec.search.method == "coarse-to-fine":
-        complete = sum(complete for _, complete in _planned(spec, finished))
-        cubes = _cubes(spec, finished, complete + 1)
+        done = {f.slot: f for f in finished}
+        complete = [_trained(stage, k, done) is not None for k, stage in enumerate(_stages(spec))]
+        cubes = _cubes(spec, finished, [*complete, False].index(False) + 1)
     else:
         cubes = [_whole(spec.dimensions)]
     found: list[Box | None] = [_in_words(spec.dimensions, cube) for cube in cubes]
@@ -419,9 +423,9 @@ def _planned(
     started: Mapping[Slot, Params] = MappingProxyType({}),
 ) -> Iterator[tuple[list[Proposal], bool]]:
     """The proposals of each stage as far as the results reach, and whether all of them are finished."""
-    done = {f.slot for f in finished}
+    done = {f.slot: f for f in finished}
     for number, stage in enumerate(_stages(spec)):
-        configurations = _configurations(spec, finished, number, ask)
+        configurations = _trained(stage, number, done) or _configurations(spec, finished, number, ask)
         placed = {f.slot: f.params for f in finished} | dict(started) if stage.keeps else {}
         own = {slot.index: params for slot, params in placed.items() if slot.stage == number}
         proposals = [
@@ -437,6 +441,14 @@ def _planned(
             return
 
 
+def _trained(stage: _Stage, number: int, done: Mapping[Slot, Finished]) -> list[Params] | None:
+    """The configurations of a stage that is complete, so that they are not found again; None of any other."""
+    first, *others = stage.repeats
+    configurations = [done.get(Slot(number, index, first)) for index in range(stage.configurations)]
+    found = [f.params for f in configurations if f and all(replace(f.slot, repeat=r) in done for r in others)]
+    return found if not stage.keeps and len(found) == stage.configurations else None
+
+
 def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, ask: Ask | None) -> Sequence[Params]:
     """The parameters of each configuration of a stage whose earlier stages are complete, in the order of slots."""
     search, dimensions, stage = spec.search, spec.dimensions, _stages(spec)[number]
@@ -448,7 +460,7 @@ def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, 
         return [dict(zip(dimensions, values, strict=True)) for values in product(*_levels(spec))]
     if search.method == "coarse-to-fine":
         cube = _cubes(spec, finished, number + 1)[-1]
-        points, scores = _known(spec, finished, 0 if search.stages[number].box else number)
+        points, scores = _known(spec, _runs(spec, finished), 0 if search.stages[number].box else number)
         return _params(dimensions, fill(cube, stage.configurations, points, scores, spec.seed, number))
     if search.method == "random":
         whole = _whole(dimensions)
@@ -511,13 +523,13 @@ def _cubes(spec: StudySpec, finished: Sequence[Finished], number: int) -> list[C
     """The boxes of the first stages of coarse to fine; all but the last of them must be complete."""
     search, dimensions = spec.search, spec.dimensions
     assert search.method == "coarse-to-fine"
-    cube, found = _whole(dimensions), list[Cube]()
+    cube, found, runs = _whole(dimensions), list[Cube](), _runs(spec, finished)
     for k, stage in enumerate(search.stages[:number]):
         if k == 0:
             edge = (1 - stage.width) / 2
             cube = tuple(Interval(edge, 1 - edge) if isinstance(side, Interval) else side for side in cube)
         else:
-            cube = narrow(cube, *_known(spec, finished, k), stage.width, search.top)
+            cube = narrow(cube, *_known(spec, runs, k), stage.width, search.top)
         cube = tuple(
             _explicit(dimensions[name], *given) if (given := _given(stage.box, name)) else side
             for name, side in zip(dimensions, cube, strict=True)
@@ -526,13 +538,35 @@ def _cubes(spec: StudySpec, finished: Sequence[Finished], number: int) -> list[C
     return found
 
 
-def _known(spec: StudySpec, finished: Sequence[Finished], number: int) -> tuple[Array, Array]:
+class _Run(NamedTuple):
+    """A finished trial, for `_known`."""
+
+    stage: int
+    key: str
+    point: list[float]
+    score: float
+
+
+def _runs(spec: StudySpec, finished: Sequence[Finished]) -> list[_Run]:
+    """In the order of their slots."""
+    dimensions = spec.dimensions.items()
+    return [
+        _Run(f.slot.stage, _key(f.params), [coordinate_of(d, f.params[name]) for name, d in dimensions], f.score)
+        for f in _in_order(finished)
+    ]
+
+
+def _known(spec: StudySpec, runs: Sequence[_Run], number: int) -> tuple[Array, Array]:
     """Points [n, d] and scores [n] from before a stage, of the stages that were trained like the one before it."""
-    plan, dimensions = _stages(spec), spec.dimensions
+    plan = _stages(spec)
     alike = {k for k in range(number) if plan[k].alike(plan[number - 1])}
-    known = results(f for f in _in_order(finished) if f.slot.stage in alike)
-    points = [[coordinate_of(d, r.params[name]) for name, d in dimensions.items()] for r in known]
-    return np.array(points).reshape(len(known), len(dimensions)), np.array([r.mean for r in known])
+    points, scores = dict[str, list[float]](), dict[str, list[float]]()
+    for run in runs:
+        if run.stage in alike:
+            points[run.key] = run.point
+            scores.setdefault(run.key, []).append(run.score)
+    known = np.array(list(points.values())).reshape(len(points), len(spec.dimensions))
+    return known, np.array([statistics.fmean(of) for of in scores.values()])
 
 
 def _given(box: Mapping[str, Any], name: str) -> tuple[float, float] | None:
@@ -545,7 +579,7 @@ def _explicit(dimension: Dimension, low: float, high: float) -> Interval:
 
 
 def _in_order(finished: Sequence[Finished]) -> list[Finished]:
-    return sorted(finished, key=lambda f: f.slot)
+    return sorted(finished, key=attrgetter("slot.stage", "slot.index", "slot.repeat"))
 
 
 def _candidates(spec: StudySpec, finished: Sequence[Finished]) -> list[Result]:

@@ -37,7 +37,7 @@ from core.train import Progress, State, TrainConfig, advance, may_share, start
 from search import __version__, checkpoint, outbox, plan, prune
 from search.datasets import open_dataset
 from search.errors import DataError, Interrupted, SieveError, StudyFailed, StudyFileError, UnknownStudy
-from search.executor import LOST, advance_elsewhere, advance_here, open_executor
+from search.executor import LOST, Slice, advance_elsewhere, advance_here, open_executor
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
 from search.plan import WORST, Finished, Params, Proposal, Slot
@@ -64,10 +64,13 @@ PUBLISHER_SECONDS = 20.0  # without getting on, before the rest is left to `siev
 HURRY_SECONDS = 1.0  # all that it gets when the study was stopped
 REQUEST_SECONDS = 2.0  # how often the storage is asked for a request
 STOP_SECONDS = 7.0  # how long running slices may go on after a request to stop
-SLICE_SECONDS = 5.0  # what is aimed at: short enough to stop soon, long enough to cost nothing
+SLICE_SECONDS = 5.0  # what is aimed at: short enough to stop soon, long enough to cost nothing ...
+MOST_SLICE_SECONDS = 300.0  # ... and longer only where the way there and back takes more than
+WAY_SHARE = 0.1  # of it
 FIRST_RATE = 2e9  # floating-point operations per second, until it was measured: low, so that the first slice is short
 MOST_COLUMNS = 1600  # first-layer columns of a group
 MOST_TOGETHER = 1 << 10  # trials in a slice
+FILLED = 16  # idle workers that get new trials before what came back is looked at
 MOST_LOSSES = 3  # a slice lost so often is its trial's fault after all
 FIRST_POINTS = 5  # shown by a dry run
 GROUP = 16  # trials of its timed slice
@@ -231,12 +234,13 @@ class Runner:
         self.held: dict[Slot, Trial] = {}  # last repeats that wait for the others of their configuration
         self.todo: deque[Proposal] = deque()
         self.ready: list[Trial] = []
-        self.flying: dict[Future[tuple[list[State], list[Progress]]], Flight] = {}
+        self.flying: dict[Future[Slice], Flight] = {}
         self.stopping: str | None = None  # "stop", "cancel", or "later" for a service that goes down
         self.lonely = False  # no worker was there when work was
         self.limited = False  # a limit keeps slots of the plan from being begun
         self.began = self.asked = self.last_note = self.clock()
         self.rate = FIRST_RATE
+        self.way = 0.0  # seconds of a slice, on the mean, that are not its worker's: transport and waiting
         self.epoch_times: deque[tuple[float, float]] = deque(maxlen=20)  # (when, trial epochs) of recent slices
         self.stage = ""
 
@@ -287,7 +291,8 @@ class Runner:
                 break
             if not self.flying:
                 self._await_workers()
-            for future in wait(self.flying, timeout=0.5, return_when=FIRST_COMPLETED).done:
+            filling = self.todo and len(self.flying) < self.workers() and not self.stopping
+            for future in wait(self.flying, timeout=0 if filling else 0.5, return_when=FIRST_COMPLETED).done:
                 self._collect(self.flying.pop(future), future)
             self.write_notes(every=NOTE_SECONDS)
             show(self.status())
@@ -299,9 +304,10 @@ class Runner:
         show(self.status())
 
     def _propose(self) -> None:
-        """Ask the plan again, if nothing is left to begin and anything was settled since it was last asked."""
+        """Ask the plan what comes next, when all that it named before is settled: it names no more until then."""
         settled = len(self.settled) + len(self.failed)
-        if self.todo or self.ready or settled == self.proposed_at:
+        under_way = self.todo or self.ready or (self.proposed_at >= 0 and (self.waiting or self.flying))
+        if under_way or settled == self.proposed_at:
             return
         self.proposed_at = settled
         finished = results(self.spec, self.settled.values(), self.failed)
@@ -321,25 +327,32 @@ class Runner:
 
     def _dispatch(self) -> bool:
         """Keep every worker busy with a group of trials; False when nothing is left to do."""
-        idle = self.workers() - len(self.flying)
+        workers = self.workers()
+        idle = workers - len(self.flying)
         if idle <= 0:
             return True
         self._propose()
         self._keep_limits()
         self._leave_rungs()
         self._propose()  # all who waited may have been cut
-        room, failed = idle * MOST_COLUMNS - sum(t.columns for t in self.ready), len(self.failed)
-        while room > 0 and (proposal := self._next()):
-            if trial := self._begin(proposal):
-                self.ready.append(trial)
-                room -= trial.columns
-        if len(self.failed) > failed and not self.ready and not self.flying:
+        packed, failed = groups(self.ready, 1 if self.todo else idle), len(self.failed)
+        if self.todo and (free := min(idle - len(packed), FILLED)) > 0:
+            packed += groups(self._begin_share(free / workers, free * MOST_COLUMNS), free)
+        if len(self.failed) > failed and not packed and not self.flying:
             return self._dispatch()  # all of these have failed at once: what does the plan say to that?
-        packed = groups(self.ready, idle)
         for trials in packed[:idle]:
             self._submit(trials)
         self.ready = [trial for trials in packed[idle:] for trial in trials]
         return bool(self.flying)
+
+    def _begin_share(self, share: float, columns: int) -> list[Trial]:
+        """New trials: this share of what is to be done, or as many as fill so many columns."""
+        most = math.ceil(len(self.todo) * share)
+        begun: list[Trial] = []
+        while len(begun) < most and sum(t.columns for t in begun) < columns and (proposal := self._next()):
+            if trial := self._begin(proposal):
+                begun.append(trial)
+        return begun
 
     def _next(self) -> Proposal | None:
         """What to begin next."""
@@ -368,9 +381,10 @@ class Runner:
         time.sleep(0.5)
 
     def _submit(self, trials: list[Trial]) -> None:
-        seconds_per_epoch = sum(t.cost for t in trials) / self.rate
-        seconds = SLICE_SECONDS / 10 ** max(t.losses for t in trials)  # short enough to get through if workers die
-        epochs = max(1, min(round(seconds / seconds_per_epoch), *(self._most_epochs(t) for t in trials)))
+        seconds = min(max(SLICE_SECONDS, self.way / WAY_SHARE), MOST_SLICE_SECONDS)
+        seconds /= 10 ** max(t.losses for t in trials)  # short enough to get through if workers die
+        epochs = round(seconds * self.rate / sum(t.cost for t in trials))
+        epochs = max(1, min(epochs, *(self._most_epochs(t) for t in trials)))
         states, data = [t.state for t in trials], trials[0].data
         if self.settings.executor == "local":
             future = self.executor.submit(advance_here, states, data, epochs)
@@ -458,10 +472,10 @@ class Runner:
 
     # ---- a slice's end
 
-    def _collect(self, flight: Flight, future: Future[tuple[list[State], list[Progress]]]) -> None:
+    def _collect(self, flight: Flight, future: Future[Slice]) -> None:
         trials = flight.trials
         try:
-            states, progress = future.result()
+            states, progress, seconds = future.result()
         except DataError:  # of this machine's copy, not of the trial: nothing is settled
             raise
         except LOST as error:
@@ -480,14 +494,14 @@ class Runner:
             else:
                 self._fail(trials[0], "".join(traceback.format_exception(error)))
         else:
-            self._record(flight, states, progress)
+            self._record(flight, states, progress, seconds)
 
     def _part(self, trials: list[Trial]) -> None:
         """Find out whose fault it is: half of them at a time."""
         for trial in trials:
             trial.company = max(1, len(trials) // 2)
 
-    def _record(self, flight: Flight, states: list[State], progress: list[Progress]) -> None:
+    def _record(self, flight: Flight, states: list[State], progress: list[Progress], seconds: float) -> None:
         """Make a slice durable: what is to be shown, then the state to go on from, then the storage."""
         now = self.clock()
         records: list[Record] = []
@@ -502,8 +516,9 @@ class Runner:
             trial.progress.test, trial.progress.confusion = part.test, part.confusion
             records += self._shown(trial, part, flight.since, now)
             curves[trial.trial_id] = self._curve(part)
-        speed = work / max(now - flight.since, 1e-3)
+        speed = work / max(seconds, 1e-3)
         self.rate = speed if self.rate == FIRST_RATE else 0.5 * (self.rate + speed)
+        self.way += 0.1 * (now - flight.since - seconds - self.way)
         self.box.put(records)
         failpoint("recorded")
         for trial in flight.trials:

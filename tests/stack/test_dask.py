@@ -1,8 +1,5 @@
 """A Dask cluster as the executor: a real scheduler and real workers, which come, go and die."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +15,7 @@ from search import run
 from search.errors import DataError, SettingsError
 from search.settings import Settings
 from search.study import StudySpec
-from tests.stack.conftest import await_port, free_port
+from tests.stack.conftest import Cluster, free_port
 from tests.test_run import slow, values
 
 distributed = pytest.importorskip("distributed", reason="needs Dask: pip install distributed")
@@ -27,56 +24,6 @@ pytestmark = [pytest.mark.stack, pytest.mark.filterwarnings("ignore::ResourceWar
 Spec = Callable[..., StudySpec]
 Home = Callable[..., Settings]
 launch = partial(run.launch, publish=False)
-
-
-class Cluster:
-    """A scheduler and workers as processes, with the settings that docs/deploy.md recommends."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.workers: list[subprocess.Popen[bytes]] = []
-        self.start()
-
-    @property
-    def address(self) -> str:
-        return f"dask://127.0.0.1:{self.port}"
-
-    def _dask(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        dropped = ("SIEVE_STORAGE", "MLFLOW_TRACKING_URI", "SIEVE_HOME", "OPENBLAS_CORETYPE")
-        kept = {name: value for name, value in os.environ.items() if name not in dropped}
-        settings = {
-            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0",
-            "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
-        }
-        with (self.folder / "log").open("ab") as log:
-            program = str(Path(sys.executable).with_name("dask"))
-            return subprocess.Popen(
-                [program, *words], env=kept | settings | environment, stdout=log, stderr=log, cwd=self.folder
-            )
-
-    def start(self) -> None:
-        place = ("--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
-        self.scheduler = self._dask("scheduler", *place)
-        await_port(self.port)
-
-    def add(self, **environment: str) -> subprocess.Popen[bytes]:
-        home = self.folder / f"worker{len(self.workers)}"
-        words = ("worker", f"tcp://127.0.0.1:{self.port}", "--nthreads", "1", "--nworkers", "1", "--no-dashboard")
-        given = {"SIEVE_HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
-        self.workers.append(self._dask(*words, "--local-directory", str(home), "--death-timeout", "60", **given))
-        return self.workers[-1]
-
-    def processes(self, nanny: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """The process that trains, below the one that watches it."""
-        return [p for p in psutil.Process(nanny.pid).children() if "spawn_main" in " ".join(p.cmdline())]
-
-    def close(self) -> None:
-        for process in (*self.workers, self.scheduler):
-            if process.poll() is None:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-                process.kill()
-            process.wait()
 
 
 @pytest.fixture
