@@ -359,11 +359,11 @@ def test_a_signal_ends_the_slices_and_says_how_to_go_on(
 
 def test_cancelled_trials_fail_and_can_be_retried(settings: Settings, tmp_path: Path, quick: Spec) -> None:
     """`cancel` gives up the running trials with that reason; a retry makes a second attempt at each slot."""
-    spec = quick(**slow())
-    runner = sieve(settings, "launch", str(study_file(tmp_path, **slow())), "--workers", "2")
+    parts = slow(base={"batch_size": 5, "epochs": 1000, "hidden_sizes": [60], "patience": None})
+    spec = quick(**parts)
+    runner = sieve(settings, "launch", str(study_file(tmp_path, **parts)), "--workers", "2")
     await_workers(runner.pid, 2)
-    asker = sieve(settings, "cancel", "quick")
-    assert "asked the runner" in asker.communicate()[0]
+    assert "asked the runner" in run.request("quick", "cancel", settings)
     runner.communicate(timeout=30)
     assert runner.returncode == 130
     given_up = attempts(settings)
