@@ -39,7 +39,8 @@ MOST_FAILURES = 10  # of one trial's records while the server answers everything
 UID = "sieve.uid"
 VIEW = "sieve"
 WIDE = {"Which setting won": 480, "Weights and confusion matrices": 800}  # sections of one column, and its height
-FIXED = {"attributes.`Run Name`": 340, "runDateAndNestInfo": 130, "duration": 80}  # its first columns, and their widths
+NAME = {"attributes.`Run Name`": 340}  # the table's first column, and its width ...
+WHEN = {"runDateAndNestInfo": 130, "duration": 80}  # ... and its last
 NOTE = "mlflow.note.content"
 LOG10 = "log10_"
 MOST_REASONS = 3
@@ -664,7 +665,7 @@ def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: 
     parallel = [LOG10 + name if scale == "log" else name for name, scale in dimensions.items()]
     repeated = bool(spec.get("confirm")) or spec.get("repeats", 1) > 1
     shown = [*(["repeats/mean", "repeats/deviation"] if repeated else []), metric, "result/test_accuracy"]
-    named = {"metrics": dict.fromkeys(shown), "params": axes, "tags": ["stage", "slot", "repeat"]}
+    named = {"params": axes, "metrics": dict.fromkeys(shown), "tags": ["stage", "slot", "repeat"]}
     columns = {f"{kind}.`{name}`": 7 * max(len(name), 8) + 40 for kind, names in named.items() for name in names}
     charts: dict[str, list[dict[str, Any]]] = {
         "Which setting won": [
@@ -701,8 +702,8 @@ def saved_view(spec: Mapping[str, Any], dimensions: Mapping[str, str], created: 
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(columns),
-        "columnOrder": [*FIXED, *columns],
-        "columnWidths": FIXED | columns,
+        "columnOrder": [*NAME, *columns, *WHEN],
+        "columnWidths": NAME | columns | WHEN,
         "runsHiddenMode": "FIRST_20_RUNS",
         "viewMaximized": False,
         "runListHidden": False,

@@ -102,16 +102,19 @@ def links(shown: Settings) -> dict[str, str]:
 
 
 def test_the_run_table_answers_which_setting_won(page: Any, links: dict[str, str], best: Any) -> None:
-    """Through the saved view: trials alone, the best mean first, our metrics as columns."""
+    """Through the saved view: trials alone, the best mean first, what was searched and what came out as columns."""
     page.goto(links["table"])
+    page.get_by_text("MLflow Assistant").wait_for()  # opens by itself at a browser's first visit, over a third of the page
+    page.get_by_role("button", name="Close").last.click()
     column = page.locator("[role=gridcell][col-id='metrics.`repeats/mean`']")
     column.first.wait_for()
+    page.locator("[role=columnheader][col-id='metrics.`result/test_accuracy`']").wait_for()
     values = [float(text) for text in column.all_inner_texts() if text != "-"]
     assert len(values) > 1
     assert values == sorted(values, reverse=True)
     assert page.get_by_text("16 matching runs").is_visible()
     columns = {cell.get_attribute("col-id") for cell in page.locator("[role=columnheader][col-id]").all()}
-
+    assert {f"params.`{name}`" for name in best.params} <= columns
     assert {"metrics.`result/test_accuracy`", "metrics.`repeats/mean`"} <= columns
     name = page.locator("[role=gridcell][col-id='attributes.`Run Name`']").first.inner_text()
     assert f"eta={best.params['eta']:.3g}" in name
