@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FEW = 6  # configurations that are all drawn; of more, the BEST
 BEST = 3
 PAIRS = 6  # heat maps, or search paths
+SCATTER = 2  # tolerances of a published figure; a larger deviation over our seeds excuses nothing
 TEMPLATE = 96  # pixels of a class's template
 STATES = {TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
@@ -228,7 +229,10 @@ def _compare(material: Material, published: Published) -> Compared:
 
 
 def _verdict(published: Published, ours: Measured, other: Measured | None, difference: float) -> str:
-    """Seed noise is two deviations of the difference; a published figure counts as one run with our deviation."""
+    """Seed noise is two deviations of the difference; a published figure counts as one run with our deviation.
+
+    Runs that scatter by more than SCATTER tolerances would excuse any figure: then the distance is a difference.
+    """
     if other:
         noise = 2 * math.sqrt(ours.variance / ours.n + other.variance / other.n)
         if abs(difference) > noise:
@@ -239,7 +243,8 @@ def _verdict(published: Published, ours: Measured, other: Measured | None, diffe
     noise = 2 * math.sqrt((published.deviation or ours.deviation or 0.0) ** 2 + ours.variance / ours.n)
     if published.tolerance is None and not noise:
         return "no tolerance given"
-    return "within seed noise" if abs(difference) <= noise else "different"
+    excusable = published.tolerance is None or (ours.deviation or 0.0) <= SCATTER * published.tolerance
+    return "within seed noise" if excusable and abs(difference) <= noise else "different"
 
 
 def _measured(material: Material, metric: str, where: Mapping[str, Any]) -> Measured:

@@ -118,7 +118,7 @@ def repeated() -> Material:
     """Two settings, two runs each, and figures that somebody published."""
     published = [
         {"where": {"lambda": 0, "eta": 0.1}, "value": 0.52, "tolerance": 0.031, "note": "close"},
-        {"where": {"lambda": 0}, "value": 0.52, "tolerance": 0.029},
+        {"where": {"lambda": 0}, "value": 0.5, "tolerance": 0.04},
         {"where": {"lambda": 0.1}, "metric": "val_accuracy", "value": 0.5, "deviation": 0.01},
         {"where": {"lambda": 7}, "value": 0.5, "tolerance": 0.1},
         {"value": 0.4, "label": "best of all", "tolerance": 0.2},
@@ -128,6 +128,7 @@ def repeated() -> Material:
         {"where": {"lambda": 0.1}, "below": {"lambda": 0}, "why": "not to be said"},
         {"where": {"lambda": 0}, "below": {"lambda": 0.1}, "note": "an order", "why": "too few"},
         {"where": {"lambda": 0}, "below": {"lambda": 7}},
+        {"where": {"lambda": 0}, "value": 0.5, "tolerance": 0.03},
     ]
     spec = listed(published=published, description="Is <b>less</b> more?")
     one, other = {"lambda": 0.0, "eta": 0.1}, {"lambda": 0.1, "eta": 0.1}
@@ -156,11 +157,11 @@ def test_published_figures_stand_beside_our_means(repeated: Material) -> None:
     page = Page(report.page(repeated))
     assert page.column("published", "ours")[:3] == ["0.5500 ± 0.0707", "0.5500 ± 0.0707", "0.2500"]
     assert page.column("published", "published")[2] == "0.5000 ± 0.0100"
-    assert page.column("published", "difference")[:5] == ["+0.0300", "+0.0300", "-0.2500", "", "+0.1500"]
-    assert page.column("published", "difference")[8:] == ["-0.3500", "+0.3500", ""]
+    assert page.column("published", "difference")[:5] == ["+0.0300", "+0.0500", "-0.2500", "", "+0.1500"]
+    assert page.column("published", "difference")[8:] == ["-0.3500", "+0.3500", "", "+0.0500"]
     assert page.column("published", "verdict") == [
         "reproduced", "within seed noise", "different", "not run", "reproduced", "in words only", "reproduced",
-        "no tolerance given", "reproduced", "different", "not run",
+        "no tolerance given", "reproduced", "different", "not run", "different",
     ]  # fmt: skip
     assert page.column("published", "note")[8:10] == ["", "an order · too few"]
     assert page.column("published", "setting")[:2] == ["lambda=0, eta=0.1", "lambda=0"]
