@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from search import run
@@ -95,7 +96,7 @@ class Service:
 
     def _fail(self, study: str, problem: str) -> None:
         assert self.storage is not None
-        with owned(self.settings.storage, study) as still_owned:
+        with suppress(StudyBusy), owned(self.settings.storage, study) as still_owned:  # else another one tries it now
             record = StudyRecord(self.storage, study, still_owned)
             record.set_attr("problem", problem[-2000:])
             record.set_attr("state", "failed")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from search.run import Outcome, Status
 
 PLAIN_SECONDS = 5.0  # between lines when nobody watches a terminal
+PLAIN_WIDTH = 200  # of tables then, so that no word is broken
 SHOWN = 8  # best trials in the table
 
 
@@ -116,7 +117,8 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 
 def show_standing(rows: Sequence[dict[str, Any]]) -> None:
-    columns = ["study", "state", "stage", "complete", "running", "pruned", "failed", "waiting", "best", "unsent"]
+    counts = [name for name in ("running", "pruned", "failed", "waiting", "unsent") if any(row[name] for row in rows)]
+    columns = ["study", "state", "stage", "complete", *counts, "best"]
     show_table("studies", columns, [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows])
 
 
@@ -135,7 +137,8 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    Console().print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else PLAIN_WIDTH)
 
 
 def _cell(value: Any) -> str:

@@ -36,7 +36,11 @@ class Verdict(NamedTuple):
 
 
 def trials(settings: Settings, study: str) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=study, storage=settings.storage).get_trials(deepcopy=False)
+    storage = optuna.storages.RDBStorage(settings.storage)
+    try:
+        return optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+    finally:
+        storage.engine.dispose()
 
 
 def results(settings: Settings, study: str) -> Results:

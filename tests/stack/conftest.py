@@ -1,5 +1,6 @@
 """The parts of the stack as real processes on loopback: PostgreSQL from a package, or a server that is named."""
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -113,6 +115,67 @@ def postgres_programs() -> Path | None:
     folders = [Path(folder) for folder in (package and package.submodule_search_locations) or ()]
     programs = sorted(path.parent for folder in folders for path in folder.glob("pginstall*/bin/postgres"))
     return programs[-1] if programs else None
+
+
+class Gate:
+    """Stands before a server. While it is shut nothing passes, and what was open then is reset when it opens."""
+
+    def __init__(self, port: int) -> None:
+        self.behind, self.shut = port, False
+        self.open_ones = set[asyncio.StreamWriter]()
+        self.loop = asyncio.new_event_loop()
+        self.listener = self.loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port: int = self.listener.sockets[0].getsockname()[1]
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        both = [writer]
+        try:
+            await self._opening()
+            behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", self.behind)
+            both.append(behind_writer)
+            self.open_ones.update(both)
+            await asyncio.gather(self._pass(reader, behind_writer), self._pass(behind_reader, writer))
+        finally:
+            self.open_ones.difference_update(both)
+            for one in both:
+                one.transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                await self._opening()
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+
+    async def _opening(self) -> None:
+        while self.shut:
+            await asyncio.sleep(0.02)
+
+    def open(self) -> None:
+        """Let new connections through."""
+
+        async def reset() -> None:
+            for one in self.open_ones:
+                one.transport.abort()
+            self.shut = False
+
+        asyncio.run_coroutine_threadsafe(reset(), self.loop).result()
+
+    def close(self) -> None:
+        async def end() -> None:
+            self.listener.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
 
 
 class Cluster:

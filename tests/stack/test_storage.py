@@ -1,11 +1,9 @@
 """PostgreSQL as the storage: the same values, and no slot lost or done twice whatever happens to the server."""
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import pytest
 from optuna.storages import RDBStorage
@@ -16,10 +14,9 @@ from search.errors import SettingsError, StorageLost, StudyBusy
 from search.plan import Proposal, Slot
 from search.settings import Settings
 from search.storage import StudyRecord, open_storage, owned, register
-from search.study import StudySpec, restore
-from tests.conftest import QUICK
-from tests.stack.conftest import PASSWORD, Postgres, execute, free_port
-from tests.test_run import slow, values
+from search.study import StudySpec
+from tests.stack.conftest import PASSWORD, execute, free_port
+from tests.test_run import values
 
 pytestmark = pytest.mark.stack
 
@@ -75,66 +72,6 @@ def test_a_study_has_the_same_values_on_either_database(
     launch(spec, embedded)
     launch(spec, server)
     assert values(server) == values(embedded)
-
-
-SIX = slow(base={"batch_size": 5, "epochs": 30, "hidden_sizes": [60]}, search={"method": "random", "trials": 6})
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """The values of SIX when nothing happens."""
-    settings = Settings.from_environment({"SIEVE_HOME": str(tmp_path_factory.mktemp("calm"))})
-    launch(restore(QUICK | SIX), settings)
-    return values(settings)
-
-
-def test_a_killed_server_loses_and_repeats_nothing(
-    home: Home, own_postgres: Postgres, quick: Spec, calm: dict[Any, Any]
-) -> None:
-    """The server is killed and comes back twice while a study runs: it ends with undisturbed values."""
-    settings, spec = home(SIEVE_STORAGE=own_postgres.url), quick(**SIX)
-    said: list[str] = []
-
-    def disturb() -> None:
-        for _ in range(2):
-            time.sleep(0.3)
-            own_postgres.kill()
-            deadline, before = time.monotonic() + 4, len(said)
-            while len(said) == before and time.monotonic() < deadline:
-                time.sleep(0.1)
-            own_postgres.start()
-
-    disturber = threading.Thread(target=disturb)
-    launch(spec, settings, warn=said.append, started=lambda runner: disturber.start())
-    disturber.join()
-    assert values(settings) == calm
-    assert all(len(tries) == 1 for tries in values(settings).values())
-    assert any("does not answer" in line for line in said)
-    assert PASSWORD not in "".join(said)
-
-
-def test_cut_connections_are_made_again(
-    home: Home, new_database: Callable[[], str], quick: Spec, calm: dict[Any, Any]
-) -> None:
-    """All connections of a running study, its lock's among them, are cut every 0.4 s: values stay undisturbed."""
-    settings, spec = home(SIEVE_STORAGE=new_database()), quick(**SIX)
-    over = threading.Event()
-    cut = 0
-
-    def disturb() -> None:
-        nonlocal cut
-        while not over.wait(0.4):
-            name = settings.storage.rpartition("/")[2]
-            cut += len(execute(settings.storage.replace(name, "postgres"), CUT.format(name=name)))
-
-    disturber = threading.Thread(target=disturb)
-    try:
-        launch(spec, settings, started=lambda runner: disturber.start())
-    finally:
-        over.set()
-        disturber.join()
-    assert cut >= 2
-    assert values(settings) == calm
 
 
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
