@@ -8,7 +8,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 unexport OPENBLAS_CORETYPE
 
-.PHONY: install demo ui test faults lint docs bench bench-search bench-scale clean
+.PHONY: install demo ui test faults lint docs wheel-test bench bench-search bench-scale clean
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +28,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+wheel-test: # the wheel in empty environments, on the oldest and the newest dependencies
+	PYTHON=$(PYTHON) .ci/wheel-test
 docs: install # the references of study files and commands
 	$(BIN)/python docs/generate.py
 bench: install # speed, beside PyTorch and scikit-learn where they are installed; what tracking costs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tarfile
 import uuid
 import zlib
@@ -250,7 +251,7 @@ def check(name: str, settings: Settings, path: str | None = None) -> list[Row]:
     elif name == "digits" or (name in data.READERS and path):
         with _as_data_error():
             source = data.read_digits() if name == "digits" else data.READERS[name](Path(str(path)).expanduser())
-        rows = [Row(source.files[0].name, "readable", f"{len(source.y):,} images of {source.x.shape[1]} pixels")]
+        rows = [Row(source.files[0].name, "readable", f"{len(source.y):,} examples of {source.x.shape[1]} values")]
     else:
         with_path = " or ".join(other for other in data.READERS if other != "cifar10")
         raise DataError(f"expected digits, cifar10, or {with_path} with the path of a file, got {name!r}")
@@ -319,7 +320,7 @@ def fetch(name: str, settings: Settings, archive: Archive = ARCHIVES["binary"]) 
     file = archive.url.rpartition("/")[2]
     try:
         into.mkdir(parents=True, exist_ok=True)
-        download = pooch.HTTPDownloader(timeout=60)
+        download = pooch.HTTPDownloader(timeout=60, progressbar=sys.stderr.isatty())
         got = pooch.retrieve(archive.url, f"sha256:{archive.sha256}", fname=file, path=into, downloader=download)
     except (OSError, ValueError) as error:  # every error of requests is an OSError; ValueError: another checksum
         raise DataError(f"could not fetch {archive.url}: {error}; or unpack it yourself into {into}") from error

@@ -113,7 +113,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     show_table(f"plan of {plan['study']}", ["stage", "trials"], rows)
     for point in plan["first"]:
         print(f"  {run_name(point)}")
-    print(f"about {duration(plan['seconds'])} on {plan['workers']} workers")
+    print(f"about {duration(plan['seconds'])} of training on {plan['workers']} workers")
 
 
 def show_standing(rows: Sequence[dict[str, Any]]) -> None:

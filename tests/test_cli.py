@@ -139,6 +139,23 @@ def test_help_is_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("sieve la", {"launch"}), ("sieve data ", {"list", "fetch", "check"}), ("sieve best --", {"--json", "--help"})],
+)
+def test_the_shell_completes_commands_and_options(typed: str, expected: set[str], tmp_path: Path) -> None:
+    """Bash's function, as --install-completion writes it, gives what fits what was typed."""
+    home = {"HOME": str(tmp_path), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    home |= {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # the shell is named, not guessed
+    written = sieve(tmp_path, "--install-completion", "bash", **home)
+    assert written.returncode == 0, written.stderr
+    words = typed.split(" ")
+    code = f"""source ~/.bashrc; COMP_WORDS=({typed}''); COMP_CWORD={len(words) - 1}; _sieve_completion sieve
+    printf '%s\\n' "${{COMPREPLY[@]}}" """
+    done = subprocess.run(["bash", "-c", code], env=os.environ | home, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected
+
+
 def test_gradients_are_checked_from_the_command_line(tmp_path: Path) -> None:
     """`gradcheck` prints a relative error below 1e-7 for every configuration."""
     done = sieve(tmp_path, "gradcheck", "--json")

@@ -192,3 +192,12 @@ def test_a_run_is_named_by_its_parameters() -> None:
     """Numbers are short, words stay."""
     name = outbox.run_name({"lambda": 0.00123456, "hidden_sizes": "[50]", "batch_size": 100})
     assert name == "lambda=0.00123, hidden_sizes=[50], batch_size=100"
+
+
+def test_layers_that_are_searched_one_by_one_are_named_together() -> None:
+    """A name shows the layers that a network has, in their order, and none that it has not."""
+    units = {f"hidden_sizes.units_{k}": k for k in (1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)}  # as texts are sorted
+    assert outbox.run_name({"hidden_sizes.layers": 2} | units | {"lambda": 0.1}) == "hidden_sizes=[1, 2], lambda=0.1"
+    assert outbox.run_name({"hidden_sizes.layers": 0} | units) == "hidden_sizes=[]"
+    assert outbox.run_name(units) == f"hidden_sizes={list(range(1, 12))}"
+    assert outbox.run_name({"hidden_sizes.layers": 2}) == "hidden_sizes.layers=2"
