@@ -15,6 +15,7 @@ from search import run
 from search.errors import DataError, SettingsError
 from search.settings import Settings
 from search.study import StudySpec
+from tests.oracle import results, verdict
 from tests.stack.conftest import Cluster, free_port
 from tests.test_run import slow, values
 
@@ -45,7 +46,7 @@ def test_a_cluster_gives_the_same_values(home: Home, cluster: Cluster, quick: Sp
     assert values(home("dask")) == values(home("local"))
 
 
-def test_workers_may_die_and_come(home: Home, cluster: Cluster, quick: Spec) -> None:
+def test_workers_may_die_and_come(home: Home, cluster: Cluster, quick: Spec, figures: Callable[..., None]) -> None:
     """One worker is killed in its slice, a whole host is, and another joins: the values stay undisturbed."""
     spec = quick(**slow(base={"batch_size": 5, "epochs": 50, "hidden_sizes": [60]}))
     launch(spec, home("local"), workers=2)
@@ -61,12 +62,15 @@ def test_workers_may_die_and_come(home: Home, cluster: Cluster, quick: Spec) -> 
             process.kill()
 
     disturber = threading.Thread(target=disturb)
-    launch(spec, home("dask", SIEVE_EXECUTOR=cluster.address), started=lambda runner: disturber.start())
+    settings = home("dask", SIEVE_EXECUTOR=cluster.address)
+    launch(spec, settings, started=lambda runner: disturber.start())
     disturber.join()
-    assert values(home("dask")) == values(home("local"))
+    figures("Dask: a worker and a host killed, one joins", verdict(settings, "quick", results(home("local"), "quick")))
 
 
-def test_a_study_waits_for_workers_and_for_its_scheduler(home: Home, cluster: Cluster, quick: Spec) -> None:
+def test_a_study_waits_for_workers_and_for_its_scheduler(
+    home: Home, cluster: Cluster, quick: Spec, figures: Callable[..., None]
+) -> None:
     """With no worker it waits; a scheduler that dies and comes back, with new workers, costs a slice at most."""
     spec = quick(**slow(base={"batch_size": 5, "epochs": 30, "hidden_sizes": [60]}))
     launch(spec, home("local"), workers=2)
@@ -90,10 +94,12 @@ def test_a_study_waits_for_workers_and_for_its_scheduler(home: Home, cluster: Cl
     launch(spec, settings, warn=said.append, started=lambda runner: disturbed.append(disturber.submit(disturb, runner)))
     disturbed[0].result()
     assert any("no worker" in line for line in said)
-    assert values(settings) == values(home("local"))
+    figures("Dask: scheduler killed", verdict(settings, "quick", results(home("local"), "quick")))
 
 
-def test_a_slot_that_kills_three_workers_fails_alone(home: Home, cluster: Cluster, quick: Spec) -> None:
+def test_a_slot_that_kills_three_workers_fails_alone(
+    home: Home, cluster: Cluster, quick: Spec, figures: Callable[..., None]
+) -> None:
     """The slot that kills whoever trains it fails with that reason; its company, and the rest, is done."""
     points = [{"eta": eta} for eta in (0.1, 0.2, 0.3, 0.4)]
     spec = quick(search={"method": "list", "settings": points}, space={}, confirm=False)
@@ -110,6 +116,12 @@ def test_a_slot_that_kills_three_workers_fails_alone(home: Home, cluster: Cluste
     }
     assert "its worker died 3 times" in attempts[0.3].attrs["reason"]
     assert outcome.failed == 1
+    launch(spec, home("local"), workers=1)
+    others = results(home("local"), "quick")
+    others.pop(str(attempts[0.3].slot))
+    figures(
+        "Dask: a slot that kills its worker", verdict(settings, "quick", others), 3, also="it fails, with its reason"
+    )
 
 
 def test_each_host_opens_its_own_copy_and_vouches_for_it(
