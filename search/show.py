@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -119,12 +120,14 @@ def show_plan(plan: dict[str, Any]) -> None:
 def show_standing(rows: Sequence[dict[str, Any]]) -> None:
     counts = [name for name in ("running", "pruned", "failed", "waiting", "unsent") if any(row[name] for row in rows)]
     columns = ["study", "state", "stage", "complete", *counts, "best"]
-    show_table("studies", columns, [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows])
+    show_table("studies", columns, [[_cell(row[c], ".4g") for c in columns] for row in rows])
 
 
 def show_gradients(rows: Iterable[Any]) -> None:
     rows = list(rows)
-    show_table("relative errors of the gradients", list(rows[0]._fields), [[_cell(v) for v in row] for row in rows])
+    show_table(
+        "relative errors of the gradients", list(rows[0]._fields), [[_cell(v, ".1e") for v in row] for row in rows]
+    )
 
 
 def show_data(rows: Iterable["Row"]) -> None:
@@ -132,7 +135,7 @@ def show_data(rows: Iterable["Row"]) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -141,5 +144,5 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     console.print(table, width=None if console.is_terminal else PLAIN_WIDTH)
 
 
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)
+def _cell(value: Any, kind: str) -> str:
+    return "-" if value is None else format(value, kind) if isinstance(value, float) else str(value)
