@@ -8,6 +8,7 @@ objects where it tells of several. What is wrong stands on stderr, as text, with
 
 import errno
 import json
+import logging
 import os
 import signal
 import sqlite3
@@ -336,6 +337,7 @@ def migrate() -> None:
         from search import storage
 
         settings = Settings.from_environment()
+        logging.disable(logging.INFO)  # Alembic's own reports
         storage.migrate(settings.storage)
         typer.echo(f"the tables of {redact(settings.storage)} are up to date")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_info
 
 from search import datasets
-from search.errors import DiskError, SieveError
+from search.errors import DiskError, SieveError, StorageLost
 from search.executor import cores, open_executor
 from search.outbox import Outbox
 from search.settings import Settings, redact
@@ -80,7 +80,12 @@ def _storage(settings: Settings) -> Iterator[Finding]:
         yield Finding("storage", True, f"{settings.storage} (not there yet; the first launch makes it)")
         return
     began = time.monotonic()
-    names = study_names(open_storage(settings.storage))
+    try:
+        names = study_names(open_storage(settings.storage))
+    except StorageLost as error:
+        advice = "start it, or correct SIEVE_STORAGE; its password belongs in PGPASSWORD or PGPASSFILE"
+        yield Finding("storage", False, str(error), advice)
+        return
     took = 1000 * (time.monotonic() - began)
     yield Finding("storage", True, f"{redact(settings.storage)}: {len(names)} studies, opened in {took:.0f} ms")
 

@@ -1,5 +1,6 @@
 """What the command line shows: a live line while a study runs, tables at the end; plain lines when not a terminal."""
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -140,8 +141,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else PLAIN_WIDTH)
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 
 def _cell(value: Any, kind: str) -> str:

@@ -41,6 +41,7 @@ def test_what_is_down_is_named_with_what_to_do(settings: Settings) -> None:
     found = by_part(Settings.from_environment(given))
     bad = {part: str(findings[0]) for part, findings in found.items() if not findings[0].ok}
     assert bad.keys() == {"storage", "mlflow", "outbox", "executor"}
+    assert "correct SIEVE_STORAGE" in bad["storage"]
     assert "`sieve sync`" in bad["outbox"]
     assert "dask scheduler" in bad["executor"]
     assert "correct MLFLOW_TRACKING_URI" in bad["mlflow"]
