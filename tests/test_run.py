@@ -75,9 +75,9 @@ def study_file(folder: Path, **parts: Any) -> Path:
     return path
 
 
-def slow(**parts: Any) -> dict[str, Any]:
+def slow(epochs: int = 150, **parts: Any) -> dict[str, Any]:
     """Parts of a study whose trials take some seconds."""
-    base = {"batch_size": 5, "epochs": 150, "hidden_sizes": [60], "patience": None}
+    base = {"batch_size": 5, "epochs": epochs, "hidden_sizes": [60], "patience": None}
     space = {"eta": {"low": 1e-4, "high": 1e-2, "log": True}}
     search = {"method": "random", "trials": 4}
     return {"base": base, "space": space, "search": search, "confirm": False} | parts
@@ -345,7 +345,7 @@ def test_a_signal_ends_the_slices_and_says_how_to_go_on(
     settings: Settings, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     """The first SIGINT or SIGTERM ends the process within ten seconds, with what runs saved."""
-    runner = sieve(settings, "launch", str(study_file(tmp_path, **slow())), "--workers", "2")
+    runner = sieve(settings, "launch", str(study_file(tmp_path, **slow(epochs=10_000))), "--workers", "2")
     await_workers(runner.pid, 2)
     time.sleep(1.0)
     began = time.monotonic()
@@ -359,7 +359,7 @@ def test_a_signal_ends_the_slices_and_says_how_to_go_on(
 
 def test_cancelled_trials_fail_and_can_be_retried(settings: Settings, tmp_path: Path, quick: Spec) -> None:
     """`cancel` gives up the running trials with that reason; a retry makes a second attempt at each slot."""
-    parts = slow(base={"batch_size": 5, "epochs": 1000, "hidden_sizes": [60], "patience": None})
+    parts = slow(epochs=1000)
     spec = quick(**parts)
     runner = sieve(settings, "launch", str(study_file(tmp_path, **parts)), "--workers", "2")
     await_workers(runner.pid, 2)
