@@ -26,6 +26,7 @@ from search.failpoint import failpoint
 Point = tuple[int, float, dict[str, float]]  # step, unix seconds, metrics
 
 VERSION = 1  # of the layout
+LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -93,8 +94,8 @@ class Outbox:
             try:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 return
-            except sqlite3.OperationalError:
-                if time.monotonic() > deadline:
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF not in LOCKED or time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
 

@@ -89,22 +89,27 @@ def figures(pytestconfig: pytest.Config) -> Callable[..., None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--figures", metavar="FILE", type=Path, help="write the table of faults into this Markdown file")
+    parser.addoption(
+        "--figures", metavar="FILE", type=Path, help="bring the table of faults in this Markdown file up to date"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = sorted(config.stash.get(FAULTS, []))
+    rows = {row[0]: row for row in config.stash.get(FAULTS, [])}
     if not rows:
         return
-    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    table = "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [list(HEAD), rule, *rows]
-    )
     terminalreporter.section("faults")
-    terminalreporter.write_line(table)
+    terminalreporter.write_line(_table(rows))
     if file := config.getoption("figures"):
         before, begin, rest = file.read_text().partition("<!-- faults -->\n")
-        _, end, after = rest.partition("<!-- end of faults -->")
-        file.write_text(f"{before}{begin}{table}\n{end}{after}")
+        table, end, after = rest.partition("<!-- end of faults -->")
+        known = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+        file.write_text(f"{before}{begin}{_table({row[0]: row for row in known} | rows)}\n{end}{after}")
+
+
+def _table(rows: dict[str, list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows.values(), strict=True)]
+    lines = [list(HEAD), ["-" * width for width in widths], *sorted(rows.values())]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )

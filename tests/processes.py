@@ -17,6 +17,9 @@ from search.settings import Settings
 from tests.conftest import QUICK
 from tests.servers import until
 
+# Seconds of a slice, too few for more than one epoch: how many slices a study has depends on no machine's speed.
+AN_EPOCH = 1e-6
+
 
 def study_file(folder: Path, **parts: Any) -> Path:
     """QUICK with some parts replaced, as a file."""
@@ -107,6 +110,13 @@ def slices(settings: Settings) -> int:
     ):
         return int(db.execute("SELECT COUNT(*) FROM records WHERE kind = 'trial_progress'").fetchone()[0])
     return 0
+
+
+def await_slices(settings: Settings, process: subprocess.Popen[str], count: int) -> None:
+    """Until so many more slices of trials were recorded; the command runs on."""
+    enough = slices(settings) + count
+    until(lambda: slices(settings) >= enough or process.poll() is not None, 120)
+    assert process.poll() is None, finish(process)
 
 
 def seconds_to_the_next_slice(settings: Settings, process: subprocess.Popen[str]) -> float:

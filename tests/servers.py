@@ -99,10 +99,10 @@ def proxy(port: int, rule: Rule, *, latency: float = 0.0, rate: float | None = N
                 writer.write(f"HTTP/1.1 {what} Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
             else:
                 upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
-                kept = [line for line in lines[:-2] if not line.lower().startswith("connection:")]
-                upstream.write("\r\n".join([*kept, "Connection: close", "", ""]).encode() + body)
-                reply = await upstream_reader.read(-1)
-                upstream.close()
+                with closing(upstream):
+                    kept = [line for line in lines[:-2] if not line.lower().startswith("connection:")]
+                    upstream.write("\r\n".join([*kept, "Connection: close", "", ""]).encode() + body)
+                    reply = await upstream_reader.read(-1)
                 if what == "pass":
                     writer.write(reply)
             await writer.drain()

@@ -11,7 +11,7 @@ from search.settings import Settings
 from tests.oracle import Results, results
 from tests.processes import finish, sieve, study_file
 
-# Six trials that train for some seconds.
+# Six trials that train for some seconds, in 360 slices if each is AN_EPOCH.
 SIX: dict[str, Any] = {
     "base": {"batch_size": 5, "epochs": 60, "hidden_sizes": [60]},
     "space": {"eta": {"low": 1e-4, "high": 1e-2, "log": True}},

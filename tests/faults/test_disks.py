@@ -6,16 +6,17 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from search.settings import Settings
 from tests.faults.conftest import SIX
 from tests.oracle import verdict
-from tests.processes import finish, sieve, study_file
+from tests.processes import AN_EPOCH, finish, sieve, study_file
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
@@ -30,15 +31,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mount.returncode:
+    with mounted(folder, "-t", "tmpfs", "-o", "size=64m", "tmpfs"):
+        yield folder
+
+
+@contextmanager
+def mounted(folder: Path, *words: str | Path) -> Iterator[None]:
+    if subprocess.run(["mount", *words, folder], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_a_study_and_tears_nothing(
     small_disk: Path, tmp_path: Path, calm: Calms, figures: Figures
 ) -> None:
@@ -49,7 +56,7 @@ def test_a_full_disk_stops_a_study_and_tears_nothing(
     for room in rooms:
         free = shutil.disk_usage(small_disk).free
         ballast.write_bytes(b"0" * max(0, free - 1024 * room))
-        runner = sieve(settings, "launch", path, *QUIETLY, slices=0.3)
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH)
         said = finish(runner)
         ballast.unlink()
         assert runner.returncode == 1, said
@@ -69,7 +76,7 @@ def test_a_file_size_limit_stops_a_study_and_tears_nothing(
     path = study_file(tmp_path, **SIX)
     for kilobytes in (4, 150):
         limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "-"]
-        runner = sieve(settings, "launch", path, *QUIETLY, slices=0.3, before=limited)
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH, before=limited)
         said = finish(runner)
         assert runner.returncode == 1, said
         assert "Traceback" not in said
@@ -80,26 +87,82 @@ def test_a_file_size_limit_stops_a_study_and_tears_nothing(
     figures("file size limit", verdict(settings, "quick", calm(**SIX).results), 2, also="exit 1, one line")
 
 
+@pytest.mark.long
+def test_a_full_disk_below_the_artifacts_is_tried_again(
+    new_home: Callable[[str], Settings], tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """While weights and pictures find no room, what is unsent is counted; with room made, all of them are whole."""
+    settings = new_home("home")
+    finish(sieve(settings, "launch", study_file(tmp_path, **THREE), *QUIETLY))
+    settings.artifacts.mkdir()
+    with mounted(settings.artifacts, "-t", "tmpfs", "-o", "size=40k", "tmpfs"):
+        synced = sieve(settings, "sync")
+        out, said = synced.communicate(timeout=120)
+        assert synced.returncode == 1, said
+        assert "Traceback" not in said
+        assert "records could not be sent" in out
+        assert "No space left on device" in said
+    synced = sieve(settings, "sync")
+    assert (finish(synced), synced.returncode) == ("", 0)
+    stored = list(settings.artifacts.rglob("weights.npz"))
+    assert len(stored) == 3
+    for file in stored:
+        with np.load(file) as arrays:
+            assert all(np.isfinite(arrays[name]).all() for name in arrays.files)
+    found = verdict(settings, "quick", calm(**THREE).results, settings.home / "mlflow.db")
+    figures("disk full below the artifacts", found, also="exit 1, later sent whole")
+
+
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
     """Makes a folder read-only; root needs a file system for that."""
-    mounted = []
+    with ExitStack() as mounts:
 
-    def lock(folder: Path) -> None:
-        if os.geteuid():
-            for path in (folder, *folder.rglob("*")):
-                path.chmod(0o555 if path.is_dir() else 0o444)
-            return
-        for words in (["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
-            if subprocess.run(["mount", *words], capture_output=True, check=False).returncode:
-                pytest.skip("needs the right to mount")
-            mounted[:] = [folder]
+        def lock(folder: Path) -> None:
+            if os.geteuid():
+                for path in (folder, *folder.rglob("*")):
+                    path.chmod(0o555 if path.is_dir() else 0o444)
+                return
+            mounts.enter_context(mounted(folder, "--bind", folder))
+            subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
 
-    yield lock
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
+        yield lock
     for path in (tmp_path, *tmp_path.rglob("*")):
         path.chmod(path.stat().st_mode | 0o200)
+
+
+def test_a_file_that_may_not_be_opened_is_named(settings: Settings, tmp_path: Path) -> None:
+    """Whichever file or folder of a home is somebody else's, one line names it; with its rights back, all goes on."""
+    path, other = study_file(tmp_path, **THREE), study_file(tmp_path, name="other", **THREE)
+    finish(sieve(settings, "launch", path, *QUIETLY))
+    rights = "-dac_override,-dac_read_search"  # by which root opens everything
+    plain = ["setpriv", f"--inh-caps={rights}", f"--bounding-set={rights}"] if os.geteuid() == 0 else []
+    for name in ("sieve.db", "outbox/outbox.db", "outbox", "locks", "checkpoints"):
+        closed = settings.home / name
+        mode = closed.stat().st_mode
+        closed.chmod(0)
+        command = sieve(settings, "launch", other, *QUIETLY, before=plain)
+        said = finish(command)
+        closed.chmod(mode)
+        assert command.returncode in (1, 2), (name, said)
+        assert "Traceback" not in said
+        assert str(closed) in said.splitlines()[-1], (name, said)
+    last = sieve(settings, "launch", other, *QUIETLY, before=plain)
+    said = finish(last)
+    assert last.returncode == 0, said
+
+
+def test_nobody_needs_to_be_at_home(
+    new_home: Callable[[str], Settings], tmp_path: Path, calm: Calms, figures: Figures
+) -> None:
+    """With a HOME that does not exist, as in many containers, a study is done and shown whole."""
+    settings = new_home("home")
+    runner = sieve(settings, "launch", study_file(tmp_path, **THREE), "--workers", "2", HOME="/proc/none")
+    said = finish(runner)
+    assert runner.returncode == 0, said
+    assert "not sent" not in said
+    found = verdict(settings, "quick", calm(**THREE).results, settings.home / "mlflow.db")
+    figures("no home directory", found)
 
 
 @pytest.mark.parametrize("words", [["launch", "FILE", "--no-publish"], ["sync"], ["status"], ["best", "quick"]])
@@ -156,7 +219,7 @@ def test_a_damaged_checkpoint_costs_its_slices_alone(
     path = study_file(tmp_path, **SIX)
     damages = (lambda raw: raw[: len(raw) // 2], lambda raw: b"x" * len(raw), lambda raw: b"")
     for damage in damages:
-        runner = sieve(settings, "launch", path, *QUIETLY, slices=0.3, SIEVE_FAILPOINT="curves:2")
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH, SIEVE_FAILPOINT="curves:2")
         assert (finish(runner), runner.returncode)[1] == -signal.SIGKILL
         found = sorted((settings.checkpoints / "quick").glob("*.npz"))
         assert found
@@ -172,7 +235,7 @@ def test_the_clock_may_jump(settings: Settings, tmp_path: Path, calm: Calms, fig
     """With the clock of every process an hour off now and then, nothing is late, and times of a run only grow."""
     (tmp_path / "sitecustomize.py").write_text(JUMPS)
     runner = sieve(
-        settings, "launch", study_file(tmp_path, **SIX), *QUIETLY, slices=0.3,
+        settings, "launch", study_file(tmp_path, **SIX), *QUIETLY, slices=AN_EPOCH,
         PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
     )  # fmt: skip
     said = finish(runner)

@@ -18,16 +18,16 @@ from search.settings import Settings
 from tests.faults.conftest import SIX
 from tests.oracle import trials, verdict
 from tests.processes import (
+    AN_EPOCH,
+    await_slices,
     family,
     finish,
     publisher,
     seconds_to_the_next_slice,
     sieve,
-    slices,
     study_file,
     workers,
 )
-from tests.servers import until
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
@@ -45,21 +45,22 @@ def test_a_runner_may_die_between_any_two_writes(
     points = ("begun:3", "putting:8", "recorded:2", "saving:2", "saved:1", "curves:2", "told:1")
     path = study_file(tmp_path, **SIX)
     for point in points:
-        runner = sieve(settings, "launch", path, *QUIETLY, slices=0.3, SIEVE_FAILPOINT=point)
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH, SIEVE_FAILPOINT=point)
         said = finish(runner)
         assert runner.returncode == -signal.SIGKILL, (point, said)
-    last = sieve(settings, "launch", path, *QUIETLY, slices=0.3)
+    last = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH)
     recovery = seconds_to_the_next_slice(settings, last)
     said = finish(last)
     assert last.returncode == 0, said
     figures("runner killed between two writes", verdict(settings, "quick", calm(**SIX).results), len(points), recovery)
 
 
+@pytest.mark.long
 def test_workers_may_die_in_their_slices(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures) -> None:
     """Twenty workers are killed at random moments, and each costs its slice at most."""
-    runner = sieve(settings, "launch", study_file(tmp_path, **SIX), *QUIETLY, slices=0.3)
+    runner = sieve(settings, "launch", study_file(tmp_path, **SIX), *QUIETLY, slices=AN_EPOCH)
     chance, recoveries = random.Random(1), list[float]()
-    until(lambda: slices(settings) > 0)
+    await_slices(settings, runner, 1)
     while len(recoveries) < 20 and runner.poll() is None:
         if found := workers(runner.pid):
             chance.choice(found).kill()
@@ -88,14 +89,15 @@ def test_a_slot_that_kills_its_workers_fails_alone(
     figures("a slot that kills its worker", verdict(settings, "quick", others), 3, also="it fails, with its reason")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("who", ["worker", "runner", "publisher"])
 def test_who_is_frozen_goes_on_when_thawed(
     new_home: Home, tmp_path: Path, calm: Calms, figures: Figures, who: str
 ) -> None:
     """Stopped for four seconds in the midst of its work, a process of ours takes it up again; nothing is doubled."""
     settings = new_home("home")
-    runner = sieve(settings, "launch", study_file(tmp_path, **SIX), "--workers", "2", slices=0.3)
-    until(lambda: slices(settings) > 0)
+    runner = sieve(settings, "launch", study_file(tmp_path, **SIX), "--workers", "2", slices=AN_EPOCH)
+    await_slices(settings, runner, 1)
     found = {"worker": workers, "runner": lambda pid: [psutil.Process(pid)], "publisher": publisher}[who](runner.pid)
     found[0].suspend()
     time.sleep(4)
@@ -109,12 +111,13 @@ def test_who_is_frozen_goes_on_when_thawed(
     figures(f"{who} frozen for 4 s", found_, 1, recovery)
 
 
+@pytest.mark.long
 def test_everything_may_die_at_once(new_home: Home, tmp_path: Path, calm: Calms, figures: Figures) -> None:
     """Runner, workers and publisher are killed together, as in a power cut, three times."""
     settings, path = new_home("home"), study_file(tmp_path, **SIX)
     recoveries = []
     for _ in range(3):
-        runner = sieve(settings, "launch", path, "--workers", "2", slices=0.3)
+        runner = sieve(settings, "launch", path, "--workers", "2", slices=AN_EPOCH)
         recoveries.append(seconds_to_the_next_slice(settings, runner))
         for process in family(runner.pid):
             with suppress(psutil.NoSuchProcess):
@@ -129,6 +132,7 @@ def test_everything_may_die_at_once(new_home: Home, tmp_path: Path, calm: Calms,
     figures("all processes killed at once", found, len(recoveries), max(recoveries[1:]))
 
 
+@pytest.mark.long
 def test_of_many_runners_started_at_once_one_runs(
     settings: Settings, tmp_path: Path, calm: Calms, figures: Figures
 ) -> None:
@@ -147,7 +151,7 @@ def test_of_many_runners_started_at_once_one_runs(
     figures("four runners at once, an empty home", found, rounds)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.long) for count in (1, 3, 8))])
 def test_the_budget_is_exact(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, count: int) -> None:
     """A hundred trials are a hundred results, numbered without a gap, for any number of workers."""
     parts = {"search": {"method": "random", "trials": 100}, "base": {"batch_size": 50, "epochs": 2}, "confirm": False}

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,13 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from search.outbox import Outbox
 from search.settings import Settings
 from tests.faults.conftest import SIX
 from tests.oracle import verdict
-from tests.processes import finish, seconds_to_the_next_slice, sieve, slices, study_file, workers
+from tests.processes import (
+    AN_EPOCH,
+    await_slices,
+    finish,
+    seconds_to_the_next_slice,
+    sieve,
+    slices,
+    study_file,
+    workers,
+)
 from tests.servers import free_port, proxy, rule, until
 
 STOP = 10.0  # seconds from the first signal to the end
@@ -27,6 +38,8 @@ pytestmark = [pytest.mark.fault, pytest.mark.slow]
 Calms = Callable[..., Any]
 Figures = Callable[..., None]
 
+QUIETLY = ("--workers", "2", "--no-publish")
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_saves_and_says_how_to_go_on(
@@ -35,20 +48,17 @@ def test_the_first_signal_saves_and_says_how_to_go_on(
     """Sent to the whole group at random moments, as a terminal or a service manager does, five times in one study."""
     path, chance, took = study_file(tmp_path, **SIX), random.Random(2), list[float]()
     for _ in range(5):
-        runner = sieve(settings, "launch", path, "--workers", "2", "--no-publish", slices=0.3)
-        until(lambda pid=runner.pid: len(workers(pid)) > 0)  # type: ignore[misc]
-        time.sleep(chance.uniform(0, 2))
+        runner = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH)
+        await_slices(settings, runner, chance.randint(1, 30))
         since = time.monotonic()
-        with suppress(ProcessLookupError):
-            os.killpg(runner.pid, number)
+        os.killpg(runner.pid, number)
         said = finish(runner)
         took.append(time.monotonic() - since)
         assert "Traceback" not in said
-        assert runner.returncode in (130, 0), said
-        if runner.returncode == 130 and "stopping" in said:
-            assert "`sieve launch` with its file goes on from here" in said
+        assert runner.returncode == 130, said
+        assert "`sieve launch` with its file goes on from here" in said
     assert max(took) < STOP
-    last = sieve(settings, "launch", path, "--workers", "2", "--no-publish")
+    last = sieve(settings, "launch", path, *QUIETLY)
     recovery = seconds_to_the_next_slice(settings, last)
     said = finish(last)
     assert last.returncode == 0, said
@@ -56,29 +66,46 @@ def test_the_first_signal_saves_and_says_how_to_go_on(
     figures(f"{number.name} to all processes", found, len(took), recovery, f"ended within {max(took):.1f} s")
 
 
-def test_the_second_signal_leaves_at_once(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures) -> None:
-    """In the middle of a long slice: no waiting for it, nothing left behind, and nothing lost but that slice."""
-    parts = SIX | {
-        "base": {"batch_size": 5, "epochs": 400, "hidden_sizes": [60]},
-        "search": {"method": "random", "trials": 2},
-    }
-    path = study_file(tmp_path, **parts)
-    runner = sieve(settings, "launch", path, "--workers", "2", "--no-publish", slices=30)
-    until(lambda: len(workers(runner.pid)) == 2)
-    time.sleep(1)
-    runner.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert runner.poll() is None
+@pytest.mark.parametrize("signals", [1, 2])
+def test_nobody_waits_for_a_slice_that_does_not_end(
+    settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, signals: int
+) -> None:
+    """With its workers frozen, the first signal ends a study within ten seconds and the second at once."""
+    path = study_file(tmp_path, **SIX)
+    runner = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH)
+    await_slices(settings, runner, 1)
+    frozen = workers(runner.pid)
+    for worker in frozen:
+        worker.suspend()
     since = time.monotonic()
     runner.send_signal(signal.SIGTERM)
-    said = finish(runner)
+    said = heard(runner, "once more to leave at once")
+    assert runner.poll() is None
+    if signals == 2:
+        since = time.monotonic()
+        runner.send_signal(signal.SIGTERM)
+    runner.wait(60)
     took = time.monotonic() - since
-    assert (runner.returncode, took < LEAVE) == (130, True), said
-    assert "once more to leave at once" in said
-    last = sieve(settings, "launch", path, "--workers", "2", "--no-publish")
+    for worker in frozen:
+        with suppress(psutil.NoSuchProcess):
+            worker.resume()  # else it could not even notice that its runner is gone
+    said += finish(runner)
+    assert (runner.returncode, took < (STOP, LEAVE)[signals - 1]) == (130, True), said
+    last = sieve(settings, "launch", path, *QUIETLY)
     said = finish(last)
     assert last.returncode == 0, said
-    figures("a second signal", verdict(settings, "quick", calm(**parts).results), also=f"left within {took:.1f} s")
+    fault = ("a signal while workers are frozen", "a second signal")[signals - 1]
+    figures(fault, verdict(settings, "quick", calm(**SIX).results), also=f"left within {took:.1f} s")
+
+
+def heard(process: subprocess.Popen[str], words: str) -> str:
+    """What the command says on stderr until it has said these words."""
+    assert process.stderr is not None
+    said = ""
+    while words not in said and (line := process.stderr.readline()):
+        said += line
+    assert words in said
+    return said
 
 
 def test_a_signal_ends_the_wait_for_a_tracking_server_that_hangs(settings: Settings, tmp_path: Path) -> None:

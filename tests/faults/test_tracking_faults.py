@@ -5,6 +5,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from search.settings import Settings
 from search.study import restore
 from tests.conftest import QUICK
 from tests.oracle import verdict
-from tests.processes import finish, sieve, slices, study_file
+from tests.processes import AN_EPOCH, await_slices, finish, publisher, sieve, study_file
 from tests.servers import Server, free_port, now_and_then, proxy, rule, until
 from tests.test_tracking import OLD_LOADER, begun, everything, files, points, put, runs, trial
 
@@ -61,7 +62,7 @@ def unsent(settings: Settings) -> int:
         return box.unsent()
 
 
-@pytest.mark.parametrize("how", ["dead", "hung", "slow"])
+@pytest.mark.parametrize("how", ["hung", *(pytest.param(how, marks=pytest.mark.long) for how in ("dead", "slow"))])
 def test_training_does_not_wait_for_tracking(
     settings: Settings, server: Server, how: str, monkeypatch: pytest.MonkeyPatch, calm: Calms, figures: Figures
 ) -> None:
@@ -97,6 +98,7 @@ def test_training_does_not_wait_for_tracking(
     figures(f"tracking server {how} during the study", found_, also=stall)
 
 
+@pytest.mark.long
 def test_a_server_that_never_comes_back_costs_a_warning(
     settings: Settings, file: Path, new_home: Callable[[str], Settings], calm: Calms, figures: Figures
 ) -> None:
@@ -107,17 +109,19 @@ def test_a_server_that_never_comes_back_costs_a_warning(
     assert launched.returncode == 0, said
     assert left >= 16 * 4  # each trial's beginning, curve, picture and end
     assert f"warning: {left} tracking records are not sent yet; `sieve sync` sends them" in said
-    back = replace(settings, tracking_uri=new_home("back").tracking_uri)
+    there = new_home("there")
+    back = replace(settings, tracking_uri=there.tracking_uri)
     since = time.monotonic()
     out, said = (synced := sieve(back, "sync")).communicate(timeout=120)
     recovery = time.monotonic() - since
     assert (synced.returncode, out) == (0, "everything is sent\n"), said
-    found = verdict(back, "quick", calm().results, back.home / "mlflow.db")
+    found = verdict(back, "quick", calm().results, there.home / "mlflow.db")
     figures("tracking server never comes back", found, recovery=recovery, also=f"{left} records sent later")
     (summary,) = runs(back.tracking_uri, "quick", kind="summary")
     assert files(back.tracking_uri, summary.info.run_id) == ["report.html", "summary.json"]
 
 
+@pytest.mark.long
 def test_what_a_killed_runner_had_not_sent_arrives_later(
     settings: Settings, tmp_path: Path, new_home: Callable[[str], Settings], calm: Calms, figures: Figures
 ) -> None:
@@ -125,23 +129,20 @@ def test_what_a_killed_runner_had_not_sent_arrives_later(
     parts = LONG | {"base": {"batch_size": 5, "epochs": 40}}
     path = study_file(tmp_path, **parts)
     away = replace(settings, tracking_uri=f"http://127.0.0.1:{free_port()}")
-    launched = sieve(away, "launch", path, "--workers", "1", patience=1)
-
-    def recorded_trials() -> int:
-        with Outbox(settings.outbox) as box:
-            ended = [f"quick/s0.i{i}.r0/1" for i in range(3)]
-            return sum(bool(box.records(uid, "trial_progress")) for uid in ended)
-
-    until(lambda: recorded_trials() >= 1)
-    for process in [psutil.Process(launched.pid), *psutil.Process(launched.pid).children(recursive=True)]:
-        process.kill()  # runner, workers and publisher at once, as when the machine goes down
-    launched.communicate()
-    waiting = unsent(settings)
-    back = replace(settings, tracking_uri=new_home("back").tracking_uri)
+    launched = sieve(away, "launch", path, "--workers", "1", SIEVE_FAILPOINT="told:2")
+    until(lambda: len(publisher(launched.pid)) > 0)
+    (sender,) = publisher(launched.pid)
+    said = finish(launched)
+    assert launched.returncode == -signal.SIGKILL, said
+    with suppress(psutil.NoSuchProcess):
+        sender.kill()
+    waiting, there = unsent(settings), new_home("there")
+    assert waiting >= 3 * 3
+    back = replace(settings, tracking_uri=there.tracking_uri)
     said = finish(resumed := sieve(back, "launch", path, "--workers", "1"))
     assert resumed.returncode == 0, said
     tracking.publish(back)
-    found_ = verdict(back, "quick", calm(**parts).results, back.home / "mlflow.db")
+    found_ = verdict(back, "quick", calm(**parts).results, there.home / "mlflow.db")
     figures("killed after trials were told, nothing sent", found_, also=f"{waiting} records waited")
     found = runs(back.tracking_uri, "quick")
     assert [r.data.tags["slot"] for r in found] == [f"s0.i{i}.r0" for i in range(3)]
@@ -152,6 +153,7 @@ def test_what_a_killed_runner_had_not_sent_arrives_later(
             assert [step for step, _, _ in points(back.tracking_uri, r.info.run_id, "loss/val")] == recorded
 
 
+@pytest.mark.long
 def test_a_slow_line_only_takes_longer(settings: Settings, server: Server) -> None:
     """Over 200 ms and 10 kB/s one trial arrives whole, its end last."""
     put(settings, begun("line"), *trial(0, "line"))
@@ -195,6 +197,7 @@ def test_a_point_that_comes_late_leaves_the_status_alone(
 THREE: dict[str, Any] = {"search": {"method": "random", "trials": 3}, "confirm": False}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "share", "kinds"),
     [
@@ -236,6 +239,7 @@ def test_a_server_that_misbehaves_gets_everything_once(
     )
 
 
+@pytest.mark.long
 def test_a_publisher_may_die_between_any_two_requests(
     new_home: Callable[[str], Settings], tmp_path: Path, calm: Calms, figures: Figures
 ) -> None:
@@ -262,16 +266,16 @@ def test_a_server_that_was_away_gets_everything(
     """Killed in the middle of a study and away for half a minute, the server has every point soon after it is back."""
     away = replace(settings, tracking_uri=server.uri)
     parts = LONG | {"search": {"method": "random", "trials": 6}}
-    launched = sieve(away, "launch", study_file(tmp_path, name="away", **parts), "--workers", "2", slices=0.3)
-    until(lambda: slices(settings) > 0)
+    path = study_file(tmp_path, name="away", **parts)
+    launched = sieve(away, "launch", path, "--workers", "2", slices=AN_EPOCH, patience=300)
+    await_slices(settings, launched, 1)
     server.kill()
     time.sleep(30)
     server.start()
     since = time.monotonic()
-    until(lambda: unsent(settings) == 0 or launched.poll() is not None, 180)
-    recovery = time.monotonic() - since
     said = finish(launched)
-    assert launched.returncode == 0, said
+    recovery = time.monotonic() - since
+    assert (launched.returncode, unsent(settings)) == (0, 0), said
     assert tracking.publish(away) == 0
     found = verdict(settings, "away", calm(**parts).results, server.database)
     figures("tracking server killed, back after 30 s", found, recovery=recovery)
