@@ -315,19 +315,14 @@ def _arrays(p: Population, stack: Stack) -> list[tuple[Array, Array, list[Array]
 # The library that multiplies matrices ------------------------------------------------------------------------
 
 
-def _numpy_blas(names: Sequence[str]) -> Any:
-    """The first of these functions that NumPy's own BLAS has, found through NumPy's module; else None."""
-    try:
-        library = ctypes.CDLL(np._core._multiarray_umath.__file__)  # type: ignore[attr-defined]
-    except (OSError, AttributeError):
-        return None
-    return next((getattr(library, name) for name in names if hasattr(library, name)), None)
-
-
 @lru_cache(maxsize=1)
 def _sgemm() -> Any:
     """cblas_sgemm with 64-bit sizes, as in NumPy's wheels, if it is there and adds as it should; else None."""
-    sgemm = _numpy_blas(["scipy_cblas_sgemm64_"])
+    try:  # NumPy's own BLAS, found through NumPy's module
+        library = ctypes.CDLL(np._core._multiarray_umath.__file__)  # type: ignore[attr-defined]
+    except (OSError, AttributeError):
+        return None
+    sgemm = getattr(library, "scipy_cblas_sgemm64_", None)
     if sgemm is not None:
         size, pointer, real, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
         matrix = [pointer, size]
@@ -369,15 +364,6 @@ def chunks(v: Array, batch: int) -> Iterator[slice]:
     starts = range(0, max(1, inputs - rows + 1), rows)
     for start in starts:
         yield slice(start, inputs if start == starts[-1] else start + rows)
-
-
-def blas_kernel() -> str:
-    """The name of the kernel that NumPy's OpenBLAS chose for this CPU, say "SkylakeX"; else "unknown"."""
-    names = ["scipy_openblas_get_corename64_", "openblas_get_corename64_", "openblas_get_corename"]
-    if (corename := _numpy_blas(names)) is None:
-        return "unknown"
-    corename.restype = ctypes.c_char_p
-    return str(corename().decode())
 
 
 @lru_cache(maxsize=1)

@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
 from core import data as datasets
 from core import optim, train
 from core.data import Dataset, Source
-from core.network import Layers, blas_is_exact, blas_kernel, shape_key
+from core.network import Layers, blas_is_exact, shape_key
 from core.train import TrainConfig
 from search.executor import set_worker_environment
 
@@ -350,11 +351,12 @@ def machine() -> dict[str, str]:
     cpu = Path("/proc/cpuinfo")
     names = [x.split(":")[1].strip() for x in cpu.read_text().splitlines() if "model name" in x] if cpu.exists() else []
     packages = [p for p in ("numpy", "torch", "scikit-learn") if find_spec(p.replace("scikit-learn", "sklearn"))]
+    kernel = next((one.get("architecture", "?") for one in threadpool_info() if one["user_api"] == "blas"), "unknown")
     asked = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(("OPENBLAS_", "MKL_"))]
     return {
         "machine": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
         "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
-        "BLAS kernel": f"{blas_kernel()}, {'exact' if blas_is_exact() else 'not exact'}; {' '.join(asked)}",
+        "BLAS kernel": f"{kernel}, {'exact' if blas_is_exact() else 'not exact'}; {' '.join(asked)}",
         "sgemm": f"{max(peak() for _ in range(5)) / 1e9:.0f} GFLOP/s",
     }
 
