@@ -370,8 +370,12 @@ def sync(
         settings = Settings.from_environment()
         if redo:
             tracking.redo(settings, study)
-        left = tracking.publish(settings, follow=follow is not None, parent=follow, study=study, warn=_say)
-        if follow is None:
+        if follow is not None:
+            tracking.publish(settings, follow=True, parent=follow, study=study, warn=_say)
+        else:
+            from search.show import countdown
+
+            left = tracking.publish(settings, study=study, warn=_say, show=countdown(_say))
             said = "everything is sent" if not left else f"{left} records could not be sent; try again later"
             _show_json({"unsent": left}) if as_json else typer.echo(said)
             raise typer.Exit(1 if left else 0)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,19 @@ class Display:
         if outcome.unsent:
             self.note(f"warning: {outcome.unsent} tracking records are not sent yet; `sieve sync` sends them")
         self.note("`sieve ui` opens MLflow and the Optuna dashboard on all of it")
+
+
+def countdown(say: Callable[[str], None]) -> Callable[[int], None]:
+    """Says how many records are left to send, every few seconds."""
+    said = time.monotonic()
+
+    def show(left: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > PLAIN_SECONDS:
+            said = time.monotonic()
+            say(f"{left:,} records left to send")
+
+    return show
 
 
 def progress_line(status: "Status") -> str:

@@ -72,12 +72,14 @@ def publish(
     study: str | None = None,
     timeout: float | None = None,
     warn: Callable[[str], None] = lambda text: None,
+    show: Callable[[int], None] = lambda left: None,
 ) -> int:
     """Send what the outbox holds (of one study, or all) and say how many records are left in it.
 
     follow: go on while the process `parent` lives; without, drain the outbox once, and send again what
     the server refused or has lost. After `timeout` seconds (30) in which nothing could be sent it
     gives up, but never while the parent lives, and warns why. A home has one publisher at a time: a second one waits.
+    Before each batch it shows how many records are left.
     """
     patience = PATIENCE if timeout is None else timeout
     wanted = _watch(parent) if follow else lambda: False
@@ -85,7 +87,8 @@ def publish(
         os.nice(10)
     with Outbox(settings.outbox) as box:
         with _turn(settings, lambda: wanted() or box.unsent(study) > 0, wanted, patience) as mine:
-            if mine and (trouble := _drain(_Publisher(settings, box), wanted, study, patience, repair=not follow)):
+            publisher = _Publisher(settings, box)
+            if mine and (trouble := _drain(publisher, wanted, study, patience, show, repair=not follow)):
                 warn(trouble)
         for uid, kind, reason in box.refusals(study)[:MOST_REASONS]:
             warn(f"{kind} of {uid} was refused: {reason}")
@@ -156,7 +159,13 @@ def _turn(
 
 
 def _drain(
-    publisher: "_Publisher", wanted: Callable[[], bool], study: str | None, patience: float, *, repair: bool
+    publisher: "_Publisher",
+    wanted: Callable[[], bool],
+    study: str | None,
+    patience: float,
+    show: Callable[[int], None],
+    *,
+    repair: bool,
 ) -> str | None:
     """Send batch after batch until nothing is left and nobody wants more, waiting longer after each failure.
 
@@ -168,6 +177,8 @@ def _drain(
 
     def batch() -> bool:
         records = publisher.box.pending(BATCH, study)
+        if records:
+            show(publisher.box.unsent(study))
         publisher.send(records)
         return bool(records)
 

@@ -292,6 +292,16 @@ def test_a_long_parameter_is_a_file_and_not_cut(home: Settings) -> None:
     assert Path(stored).read_text() == "x" * 6001
 
 
+def test_whoever_waits_is_told_how_much_is_left(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each batch the count of unsent records is shown, down to that of the last batch."""
+    monkeypatch.setattr(tracking, "BATCH", 4)
+    records = [begun(), *trial(0)]
+    put(home, *records)
+    left: list[int] = []
+    assert tracking.publish(home, show=left.append) == 0
+    assert left == list(range(len(records), 0, -4))
+
+
 def test_more_than_one_batch_holds_arrives(home: Settings) -> None:
     """2,800 metric values and 150 parameters in one go: MLflow takes 1,000 and 100 at a time."""
     start, *rest = trial(0, points=400)
