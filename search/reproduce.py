@@ -40,9 +40,9 @@ only reported.
 
 Verdicts follow one rule. Within the tolerance that the study file states, a figure is **reproduced**; so is an order of
 two settings that holds by more than seeds explain. A distance of at most two standard deviations, both of a single
-run (the published figure, taken to scatter like ours) and of our mean, is **within seed noise**, unless our runs scatter by
-more than twice the tolerance: that would excuse any figure. All else is **different**, and below the table stands why,
-or that we cannot say.
+run (the published figure, taken to scatter like ours) and of our mean, is **within seed noise**, unless our runs
+scatter by more than twice the tolerance: that would excuse any figure. All else is **different**, and below the table
+stands why, or that we cannot say.
 """
 
 

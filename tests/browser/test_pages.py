@@ -104,7 +104,7 @@ def links(shown: Settings) -> dict[str, str]:
 def test_the_run_table_answers_which_setting_won(page: Any, links: dict[str, str], best: Any) -> None:
     """Through the saved view: trials alone, the best mean first, what was searched and what came out as columns."""
     page.goto(links["table"])
-    page.get_by_text("MLflow Assistant").wait_for()  # opens by itself at a browser's first visit, over a third of the page
+    page.get_by_text("MLflow Assistant").wait_for()  # at a browser's first visit, over a third of the page
     page.get_by_role("button", name="Close").last.click()
     column = page.locator("[role=gridcell][col-id='metrics.`repeats/mean`']")
     column.first.wait_for()
