@@ -1042,6 +1042,8 @@ def _mistakes(error: ValueError) -> list[Mistake]:
             found += [((*path, *below), text) for below, text in ctx["mistakes"]]
         elif e["type"] == "extra_forbidden":
             found.append((path, _unknown(str(path[-1]), _section(loc[:-1], error.title).model_fields)))
+        elif e["type"] in _NO_MAPPING and loc in _EXAMPLES and not isinstance(e["input"], Mapping):
+            found.append((path, f"expected a mapping such as {_EXAMPLES[loc]}, got {_short(e['input'])}"))
         elif e["type"] == "union_tag_not_found":
             found.append(((*path, "method"), "required, but not given"))
         elif e["type"] == "union_tag_invalid":
@@ -1056,6 +1058,8 @@ def _mistakes(error: ValueError) -> list[Mistake]:
     return found
 
 
+_NO_MAPPING = ("union_tag_not_found", "model_type", "model_attributes_type")
+_EXAMPLES = {("search",): "{method: random}", ("pruner",): "{method: median}", ("confirm",): "{top: 3, repeats: 3}"}
 _EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",

@@ -457,6 +457,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     # search
     "no search": (study(search=None), ["search: required, but not given"]),
     "no method": (study(search={}), ["search.method: required, but not given"]),
+    "a bare word": (
+        study(search="random", pruner="median", confirm=3),
+        [
+            "search: expected a mapping such as {method: random}, got 'random'",
+            "confirm: expected a mapping such as {top: 3, repeats: 3}, got 3",
+            "pruner: expected a mapping such as {method: median}, got 'median'",
+        ],
+    ),
     "unknown method": (
         search(method="bayes"),
         ["search.method: expected 'random', 'grid', 'list', 'coarse-to-fine', 'tpe', 'gp', 'cmaes', got 'bayes'"],
