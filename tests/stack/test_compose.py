@@ -63,14 +63,16 @@ def test_each_container_is_contained(name: str) -> None:
     assert {"mem_limit", "pids_limit"} <= service.keys()
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     assert ("front" in service["networks"]) == bool(service.get("ports"))
+    assert "cluster" not in service["networks"] or name in ("sieve", "scheduler", "worker")
     assert name == "db" or (service["user"] == "10001:10001" and "cap_add" not in service)
     assert PASSWORD not in json.dumps([service.get("command"), service.get("entrypoint"), service.get("healthcheck")])
     assert name == "migrate" or "healthcheck" in service
 
 
-def test_workers_and_their_scheduler_hold_no_credentials() -> None:
-    """Neither the password nor the address of the database or of MLflow is given to them."""
+def test_workers_and_their_scheduler_know_nothing_else() -> None:
+    """They have neither the password, nor the address of the database or of MLflow, nor a network in common with them."""
     for name in ("worker", "scheduler"):
+        assert SERVICES[name]["networks"] == ["cluster"]
         text = json.dumps(SERVICES[name])
         assert not re.search(r"PGPASSWORD|SIEVE_STORAGE|MLFLOW|postgresql|@db", text)
         assert PASSWORD not in text
