@@ -70,7 +70,7 @@ def test_each_container_is_contained(name: str) -> None:
 
 
 def test_workers_and_their_scheduler_know_nothing_else() -> None:
-    """They have neither the password, nor the address of the database or of MLflow, nor a network in common with them."""
+    """They have neither the password, nor the address of the database or MLflow, nor a network in common with them."""
     for name in ("worker", "scheduler"):
         assert SERVICES[name]["networks"] == ["cluster"]
         text = json.dumps(SERVICES[name])
