@@ -151,7 +151,8 @@ def test_of_many_runners_started_at_once_one_runs(
     figures("four runners at once, an empty home", found, rounds)
 
 
-@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.long) for count in (1, 3, 8))])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_the_budget_is_exact(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, count: int) -> None:
     """A hundred trials are a hundred results, numbered without a gap, for any number of workers."""
     parts = {"search": {"method": "random", "trials": 100}, "base": {"batch_size": 50, "epochs": 2}, "confirm": False}
@@ -163,6 +164,7 @@ def test_the_budget_is_exact(settings: Settings, tmp_path: Path, calm: Calms, fi
     figures(f"exact budget, {count} workers", verdict(settings, "quick", calm(**parts).results), also="100 of 100")
 
 
+@pytest.mark.long
 def test_a_trial_without_memory_fails_alone(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures) -> None:
     """A network that no memory holds, or a batch larger than the data, fails with its reason; the others are done."""
     fine = [{"hidden_sizes": [size], "batch_size": 20} for size in (8, 16)]

@@ -41,7 +41,7 @@ Figures = Callable[..., None]
 QUIETLY = ("--workers", "2", "--no-publish")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_first_signal_saves_and_says_how_to_go_on(
     settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, number: signal.Signals
 ) -> None:
@@ -66,7 +66,7 @@ def test_the_first_signal_saves_and_says_how_to_go_on(
     figures(f"{number.name} to all processes", found, len(took), recovery, f"ended within {max(took):.1f} s")
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_nobody_waits_for_a_slice_that_does_not_end(
     settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, signals: int
 ) -> None:

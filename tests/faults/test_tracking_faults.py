@@ -62,7 +62,8 @@ def unsent(settings: Settings) -> int:
         return box.unsent()
 
 
-@pytest.mark.parametrize("how", ["hung", *(pytest.param(how, marks=pytest.mark.long) for how in ("dead", "slow"))])
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["dead", "hung", "slow"])
 def test_training_does_not_wait_for_tracking(
     settings: Settings, server: Server, how: str, monkeypatch: pytest.MonkeyPatch, calm: Calms, figures: Figures
 ) -> None:
