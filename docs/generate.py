@@ -78,7 +78,7 @@ def bounds(part: Any) -> list[str]:
 def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = field.default_factory() if field.default_factory else field.default
     return "" if value in (None, "", {}, []) or isinstance(value, BaseModel) else value_text(value)
 
 

@@ -1126,4 +1126,5 @@ def _short(value: Any) -> str:
 
 def _line(source: str, path: Place, text: str) -> str:
     where = f"{source}: {_dotted(path)}: " if path else f"{source}: "
-    return where + (text if len(text) <= 500 else f"{text[:497]}...")
+    line = where + (text if len(text) <= 500 else f"{text[:497]}...")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

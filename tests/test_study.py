@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from core.train import Evaluation, TrainConfig
@@ -704,7 +704,9 @@ def test_any_change_of_a_study_is_survived(data: st.DataObject) -> None:
     survives(yaml.safe_dump(given, allow_unicode=True))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=12) | st.tuples(st.sampled_from(places(WHOLE)), values), max_size=3))
+@example(['0\r="'])
 def test_any_override_is_survived(overrides: list[Any]) -> None:
     """No --set makes the loader raise anything but StudyFileError."""
     texts = [
