@@ -123,7 +123,7 @@ def shell(command: str, folder: Path) -> "subprocess.Popen[str]":
 
 def end(process: "subprocess.Popen[str]") -> str:
     """What it said until it ended; it must end well."""
-    said = process.communicate(timeout=280)[0]
+    said = process.communicate(timeout=600)[0]
     assert process.returncode == 0, f"{process.args}: {said}"
     return said
 
@@ -169,7 +169,7 @@ def watch(command: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", WALKED)
 def test_a_page_can_be_followed(page: str, clone: Path) -> None:
     """Whoever writes the files that a page shows and types its commands, from the top down, sees none of them fail."""
