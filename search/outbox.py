@@ -380,13 +380,17 @@ def artifact_id(uid: str) -> str:
 
 
 def run_name(params: Mapping[str, Any]) -> str:
-    """Parameters as a run's name: "lambda=0.00123, eta=0.01, hidden_sizes=[50]"; layers given one by one as a list."""
+    """Parameters as a run's name: "lambda=0.00123, eta=0.01, hidden_sizes=[50]"."""
+    return ", ".join(f"{name}={_short(value)}" for name, value in readable(params).items())
+
+
+def readable(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with layers that were searched one by one as a list, of those that the network has."""
     most = sum(name.startswith("hidden_sizes.units_") for name in params)
     units = [params.get(f"hidden_sizes.units_{k}") for k in range(1, params.get("hidden_sizes.layers", most) + 1)]
-    is_whole = "hidden_sizes.units_1" in params and None not in units
-    parts = {"hidden_sizes": units} if is_whole else {}
-    shown = {(name.partition(".")[0] if is_whole else name): value for name, value in params.items()} | parts
-    return ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+    if "hidden_sizes.units_1" not in params or None in units:
+        return dict(params)
+    return {name.partition(".")[0]: value for name, value in params.items()} | {"hidden_sizes": units}
 
 
 def markdown(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from PIL.Image import Image
 
 from search import figures, plan
 from search.errors import StudyFailed
-from search.outbox import Outbox, progress_points, run_name, unpack
+from search.outbox import Outbox, progress_points, readable, run_name, unpack
 from search.plan import Finished, Result, Slot
 from search.run import Outcome, conclude, results, score, side
 from search.settings import Settings
@@ -384,7 +384,7 @@ def _result(material: Material) -> Html:
     cards = [_card(spec.metric, _spread(chosen.mean, chosen.deviation), runs)]
     if outcome.test_accuracy:
         cards.append(_card("test_accuracy", _spread(*outcome.test_accuracy), "not used to choose"))
-    cards += [_card(name, _number(value), "chosen") for name, value in chosen.params.items()]
+    cards += [_card(name, _number(value), "chosen") for name, value in readable(chosen.params).items()]
     warnings = [*outcome.border]
     if outcome.failed:
         warnings.append(f"{outcome.failed} slots failed; `sieve retry {spec.name}` runs them again")
