@@ -14,6 +14,7 @@ from search.settings import Settings
 from search.study import StudySpec, restore
 
 if TYPE_CHECKING:
+    from search.run import Runner, Trial
     from tests.oracle import Verdict
 
 # NumPy's threads and kernel are chosen when it is imported; the Makefile sets the same.
@@ -65,6 +66,17 @@ def settings(tmp_path: Path) -> Settings:
 def quick() -> Callable[..., StudySpec]:
     """A study of seconds; keyword arguments replace parts of it."""
     return lambda **parts: restore(QUICK | parts)
+
+
+def stop_after_first_slice(runner: "Runner") -> None:
+    """For `started` of a launch: the runner is asked to stop whenever it has sent work out."""
+    submit = runner._submit
+
+    def submit_and_stop(trials: "list[Trial]") -> None:
+        submit(trials)
+        runner.stop()
+
+    runner._submit = submit_and_stop  # type: ignore[method-assign]
 
 
 # ---- the table of faults

@@ -11,6 +11,7 @@ from search import prune, run
 from search.plan import Slot
 from search.settings import Settings
 from search.study import Halving, Limits, StudySpec
+from tests.conftest import stop_after_first_slice
 
 Spec = Callable[..., StudySpec]
 launch = partial(run.launch, publish=False)
@@ -59,21 +60,11 @@ def test_a_stop_between_rungs_changes_nothing(settings: Settings, quick: Spec, t
     launch(spec, settings, workers=2)
     for _ in range(20):
         try:
-            launch(spec, other, workers=2, started=lambda runner: _stop_after_first_slice(runner))
+            launch(spec, other, workers=2, started=stop_after_first_slice)
             break
         except run.Interrupted:
             continue
     assert ends(settings) == ends(other)
-
-
-def _stop_after_first_slice(runner: run.Runner) -> None:
-    submit = runner._submit
-
-    def submit_and_stop(trials: list[run.Trial]) -> None:
-        submit(trials)
-        runner.stop()
-
-    runner._submit = submit_and_stop  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("method", ["successive-halving", "hyperband", "median"])
@@ -145,7 +136,7 @@ def test_optunas_samplers_repeat_themselves(settings: Settings, quick: Spec, tmp
     other = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "other")})
     launch(spec, settings, workers=1)
     with pytest.raises(run.Interrupted):
-        launch(spec, other, workers=3, started=_stop_after_first_slice)
+        launch(spec, other, workers=3, started=stop_after_first_slice)
     launch(spec, other, workers=3)
     first, second = ({a.slot: a.params for a in run.stored("quick", s).attempts()} for s in (settings, other))
     assert first == second

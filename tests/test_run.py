@@ -36,7 +36,7 @@ from search.plan import Slot
 from search.settings import Settings
 from search.storage import Attempt, owned
 from search.study import StudySpec
-from tests.conftest import QUICK
+from tests.conftest import QUICK, stop_after_first_slice
 
 Spec = Callable[..., StudySpec]
 
@@ -256,23 +256,13 @@ def test_an_extended_grid_takes_up_what_was_running(
     """A grid stopped in the middle and extended ends with every combination once, the running ones in their slots."""
     monkeypatch.setattr(run, "SLICE_SECONDS", 1e-6)
     with pytest.raises(Interrupted):
-        launch(quick(**GRID), settings, workers=1, started=_stop_after_first_slice)
+        launch(quick(**GRID), settings, workers=1, started=stop_after_first_slice)
     begun = {a.slot: a.params for a in attempts(settings) if a.state.name == "RUNNING"}
     assert begun
     launch(quick(**WIDER), settings, workers=2)
     done = {a.slot: a.params for a in attempts(settings)}
     assert begun.items() <= done.items()
     assert len({json.dumps(params, sort_keys=True) for params in done.values()}) == len(attempts(settings)) == 18
-
-
-def _stop_after_first_slice(runner: run.Runner) -> None:
-    submit = runner._submit
-
-    def submit_and_stop(trials: list[run.Trial]) -> None:
-        submit(trials)
-        runner.stop()
-
-    runner._submit = submit_and_stop  # type: ignore[method-assign]
 
 
 def test_a_limit_of_trials_counts_repeats_and_confirm(settings: Settings, quick: Spec) -> None:
