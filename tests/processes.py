@@ -71,6 +71,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 240.0) -> str:
         raise AssertionError(f"it did not end in {timeout} s; it said:\n{out}{said}") from None
 
 
+def send(settings: Settings, *words: str) -> None:
+    """`sieve sync`, which sends everything."""
+    synced = sieve(settings, "sync", *words)
+    said = finish(synced)
+    assert synced.returncode == 0, said
+
+
 def family(pid: int) -> list[psutil.Process]:
     """A process and all below it that live."""
     with suppress(psutil.NoSuchProcess):

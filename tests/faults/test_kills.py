@@ -24,6 +24,7 @@ from tests.processes import (
     finish,
     publisher,
     seconds_to_the_next_slice,
+    send,
     sieve,
     study_file,
     workers,
@@ -105,8 +106,7 @@ def test_who_is_frozen_goes_on_when_thawed(
     recovery = seconds_to_the_next_slice(settings, runner)
     said = finish(runner)
     assert runner.returncode == 0, said
-    synced = sieve(settings, "sync")
-    assert (finish(synced), synced.returncode) == ("", 0)
+    send(settings)
     found_ = verdict(settings, "quick", calm(**SIX).results, settings.home / "mlflow.db")
     figures(f"{who} frozen for 4 s", found_, 1, recovery)
 
@@ -126,8 +126,7 @@ def test_everything_may_die_at_once(new_home: Home, tmp_path: Path, calm: Calms,
     last = sieve(settings, "launch", path, "--workers", "2")
     said = finish(last)
     assert last.returncode == 0, said
-    synced = sieve(settings, "sync")
-    assert (finish(synced), synced.returncode) == ("", 0)
+    send(settings)
     found = verdict(settings, "quick", calm(**SIX).results, settings.home / "mlflow.db")
     figures("all processes killed at once", found, len(recoveries), max(recoveries[1:]))
 
@@ -222,8 +221,7 @@ def test_a_study_ends_though_somebody_dies_every_few_seconds(
     took = time.monotonic() - since
     said = finish(runner)
     assert runner.returncode == 0, said
-    synced = sieve(settings, "sync")
-    assert (finish(synced), synced.returncode) == ("", 0)
+    send(settings)
     found = verdict(settings, "quick", undisturbed.results, settings.home / "mlflow.db")
     ratio = (took - starting * (killed["runner"] + killed["worker"])) / undisturbed.seconds
     also = f"{', '.join(f'{n} x {who}' for who, n in killed.items())}; {ratio:.2f} of the calm time beside starts"

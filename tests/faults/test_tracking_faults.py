@@ -19,7 +19,7 @@ from search.settings import Settings
 from search.study import restore
 from tests.conftest import QUICK
 from tests.oracle import verdict
-from tests.processes import AN_EPOCH, await_slices, finish, publisher, sieve, study_file
+from tests.processes import AN_EPOCH, await_slices, finish, publisher, send, sieve, study_file
 from tests.servers import Server, free_port, now_and_then, proxy, rule, until
 from tests.test_tracking import OLD_LOADER, begun, everything, files, points, put, runs, trial
 
@@ -253,8 +253,7 @@ def test_a_publisher_may_die_between_any_two_requests(
         said = finish(synced)
         assert synced.returncode == -signal.SIGKILL, (point, said)
     for again in ([], ["--redo"], ["--redo"]):
-        synced = sieve(settings, "sync", *again)
-        assert (finish(synced), synced.returncode) == ("", 0)
+        send(settings, *again)
         found = verdict(settings, "quick", calm(**THREE).results, settings.home / "mlflow.db")
         assert not any(found), found
     figures("publisher killed between two requests", found, len(points), also="all sent three times")
