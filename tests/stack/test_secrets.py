@@ -16,7 +16,7 @@ from tests.processes import sieve, study_file
 from tests.servers import Server, free_port
 from tests.stack.conftest import PASSWORD
 
-pytestmark = [pytest.mark.stack, pytest.mark.fault, pytest.mark.slow]
+pytestmark = [pytest.mark.stack, pytest.mark.fault, pytest.mark.slow, pytest.mark.long]
 
 THREE = {"search": {"method": "random", "trials": 3}, "confirm": False}
 
