@@ -155,8 +155,8 @@ def cost_of_a_trial(postgres: Postgres | None, most: int) -> None:
     """One study of `most` trials for each storage, looked at on the way."""
     marks = [mark for mark in (100, 1_000, 10_000) if mark < most] + [most]
     heads = [f"{clock} ms at {mark:,}" for mark in marks for clock in ("CPU", "wall")]
-    kinds = [("SQLite", "random"), ("SQLite", "coarse-to-fine")]
-    kinds += [("PostgreSQL", "random")] if postgres else []
+    kinds = [("SQLite", "random"), ("PostgreSQL", "random"), ("SQLite", "coarse-to-fine")]
+    kinds = [kind for kind in kinds if postgres or kind[0] == "SQLite"]
     print("\n### A trial's cost beside its training, by how many are done\n")
     print_row("storage", "method", *heads, "the server's CPU ms", "CPU s to take it up again")
     print_row(*["---"] * (4 + len(heads)))
