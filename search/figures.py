@@ -25,6 +25,7 @@ LOUDEST = 2.0
 RUN_LENGTHS = 3  # zlib's Z_RLE: on these pictures faster than its default, and not larger
 TILE = 64
 GAP = 2
+ACROSS = 4  # panels in a row
 BACKGROUND = (255, 255, 255)
 INK = (40, 40, 40)
 TRAIN, VALIDATION = "#1f77b4", "#ff7f0e"
@@ -345,9 +346,14 @@ def slices(
     parameters that are no numbers on an axis, with their values. Far outliers (see fences) are drawn as
     triangles at the edge.
     """
-    figure, axes = _figure(len(points), "", width=max(3.2 * len(points), 4.5), height=3.6)
-    figure.subplots_adjust(bottom=0.24)
-    axes[0].set_ylabel(y_label)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = math.ceil(len(points) / ACROSS)
+    across = math.ceil(len(points) / rows)
+    figure, axes = _figure(len(points), "", width=max(3.2 * across, 4.5), height=3.6 * rows, rows=rows)
+    figure.subplots_adjust(bottom=0.8 / (3.6 * rows), hspace=0.3)
+    for axis in axes[::across]:
+        axis.set_ylabel(y_label)
     low, high = fences(values)
     for axis, (name, xs) in zip(axes, points.items(), strict=True):
         words = _ordered(choices[name]) if choices and name in choices else None
@@ -362,12 +368,17 @@ def slices(
                     at, height = zip(*met, strict=True)
                     axis.scatter(at, height, color=colour, s=18, marker=marker, label=label)
         axis.set(xlabel=name, xscale="log" if name in log else "linear")
+        if name in log and max(xs) < 10 * min(xs):
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        if name in log:
+            axis.xaxis.set_minor_formatter(NullFormatter())
         if words is not None:
             axis.set_xticks(range(len(words)), [_short(w) for w in words], rotation=20 if len(words) > 3 else 0)
         axis.grid(alpha=0.3)
     if len(set(stages)) > 1:
         figure.subplots_adjust(right=1 - 1 / figure.get_figwidth())
-        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
+        axes[across - 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
     return figure
 
 
@@ -388,14 +399,18 @@ def _colours(stages: Sequence[str]) -> dict[str, Any]:
     return {stage: colormaps["viridis"](i / max(len(order) - 1, 1) * 0.9) for i, stage in enumerate(order)}
 
 
-def _figure(panels: int, title: str, width: float | None = None, height: float = 3.4) -> "tuple[Figure, list[Axes]]":
+def _figure(
+    panels: int, title: str, width: float | None = None, height: float = 3.4, rows: int = 1
+) -> "tuple[Figure, list[Axes]]":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     width = 4.3 * panels if width is None else width
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, math.ceil(panels / rows), squeeze=False).flat)
+    for spare in axes[panels:]:
+        spare.remove()
     figure.subplots_adjust(
         left=0.7 / width,
         right=1 - 0.2 / width,
@@ -405,7 +420,7 @@ def _figure(panels: int, title: str, width: float | None = None, height: float =
     )
     if title:
         figure.suptitle(title, fontsize="medium")
-    return figure, axes
+    return figure, axes[:panels]
 
 
 def _ordered(values: Sequence[Any]) -> list[Any]:

@@ -186,6 +186,19 @@ def test_slices_draw_outliers_as_triangles_and_choices_in_order() -> None:
     assert sizes.collections[0].get_offsets()[:, 0].tolist() == [1, 0, 1]
 
 
+def test_many_parameters_stand_in_rows_and_short_logarithmic_axes_have_readable_ticks() -> None:
+    """Nine panels make three rows of three; from 200 to 700 there is a plain number to read, and none overlap."""
+    points = {f"p{i}": [200.0, 450.0, 700.0] for i in range(9)}
+    figure = figures.slices(points, [0.1, 0.2, 0.3], ["all"] * 3, y_label="accuracy", log=set(points))
+    places = [axis.get_position() for axis in figure.axes]
+    assert len({round(place.y0, 3) for place in places}) == len({round(place.x0, 3) for place in places}) == 3
+    figures.png(figure)
+    low, high = figure.axes[0].get_xlim()
+    axis = figure.axes[0].xaxis
+    shown = {t.get_text() for t in axis.get_ticklabels(which="both") if low <= t.get_position()[0] <= high}
+    assert shown - {""} == {"200", "500"}
+
+
 def test_the_same_figure_has_the_same_svg() -> None:
     """Neither the date nor random ids are in it."""
     first, second = (figures.svg(figures.curves([0, 1], {"loss/val": [2.0, 1.0]})) for _ in range(2))
