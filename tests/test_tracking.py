@@ -217,7 +217,7 @@ def test_a_store_that_was_emptied_under_a_running_study_fills_again(home: Settin
     put(home, begun(), *trial(0)[:3])
     with Outbox(home.outbox) as box:
         publisher = tracking._Publisher(home, box)
-        tracking._drain(publisher, lambda: False, None, 5.0, repair=False)
+        tracking._drain(publisher, lambda: False, None, 5.0, lambda left: None, repair=False)
         with closing(sqlite3.connect(home.home / "mlflow.db")) as database, database:
             database.execute("DELETE FROM runs")
             database.execute("DELETE FROM metrics")
@@ -225,7 +225,7 @@ def test_a_store_that_was_emptied_under_a_running_study_fills_again(home: Settin
             database.execute("DELETE FROM tags")
             database.execute("DELETE FROM latest_metrics")
         box.put(trial(0)[3:])
-        tracking._drain(publisher, lambda: False, None, 20.0, repair=False)
+        tracking._drain(publisher, lambda: False, None, 20.0, lambda left: None, repair=False)
         assert box.unsent() == 0
     (run,) = runs(home.tracking_uri)
     assert run.info.status == "FINISHED"
