@@ -138,6 +138,8 @@ def test_a_file_that_may_not_be_opened_is_named(settings: Settings, tmp_path: Pa
     finish(sieve(settings, "launch", path, *QUIETLY))
     rights = "-dac_override,-dac_read_search"  # by which root opens everything
     plain = ["setpriv", f"--inh-caps={rights}", f"--bounding-set={rights}"] if os.geteuid() == 0 else []
+    if plain and not shutil.which("setpriv"):
+        pytest.skip("root needs setpriv to do without its rights")
     for name in ("sieve.db", "outbox/outbox.db", "outbox", "locks", "checkpoints"):
         closed = settings.home / name
         mode = closed.stat().st_mode
