@@ -13,6 +13,7 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -167,10 +168,14 @@ def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Ou
         if not runners:
             raise KeyboardInterrupt
         if runners[0].stopping:
-            display.console.show_cursor()
-            os._exit(130)
+            try:
+                display.console.show_cursor()
+            finally:
+                os._exit(130)
         runners[0].stop()
-        display.note("stopping: the running slices are saved first; once more to leave at once")
+        # In a thread: this one may be printing just now, or importing what prints.
+        text = "stopping: the running slices are saved first; once more to leave at once"
+        threading.Thread(target=display.note, args=(text,)).start()
 
     with Display(quiet=as_json) as display:
         signal.signal(signal.SIGINT, on_signal)

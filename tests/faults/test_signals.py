@@ -54,7 +54,7 @@ def test_the_first_signal_saves_and_says_how_to_go_on(
         os.killpg(runner.pid, number)
         said = finish(runner)
         took.append(time.monotonic() - since)
-        assert "Traceback" not in said
+        assert "Traceback" not in said, said
         assert runner.returncode == 130, said
         assert "`sieve launch` with its file goes on from here" in said
     assert max(took) < STOP
