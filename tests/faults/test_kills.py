@@ -168,7 +168,8 @@ def test_a_trial_without_memory_fails_alone(settings: Settings, tmp_path: Path, 
     """A network that no memory holds, or a batch larger than the data, fails with its reason; the others are done."""
     fine = [{"hidden_sizes": [size], "batch_size": 20} for size in (8, 16)]
     wrong = [{"hidden_sizes": [100_000, 100_000], "batch_size": 20}, {"hidden_sizes": [8], "batch_size": 500}]
-    parts = {"search": {"method": "list", "settings": fine + wrong}, "space": {}, "confirm": False}
+    parts: dict[str, Any] = {"base": {"epochs": 3}, "space": {}, "confirm": False}
+    parts["search"] = {"method": "list", "settings": fine + wrong}
     limited = ["bash", "-c", 'ulimit -v 16000000; exec "$@"', "-"]  # 100,000 x 100,000 weights are 40 GB
     runner = sieve(settings, "launch", study_file(tmp_path, **parts), *QUIETLY, before=limited)
     said = finish(runner)
