@@ -264,6 +264,7 @@ def simulated(settings: Settings, workers: int, trials: int, seconds: float) -> 
     data, _ = open_dataset(spec.dataset, settings)
     mean = statistics.mean(work(spec.config(p.params), data) for p in plan.propose(spec, [])) * EPOCHS
     with Asleep(mean / seconds) as executor, running(spec, settings, executor, workers) as runner:
+        runner.rate = executor.speed  # as if measured: far from that of real arithmetic
         wall, cpu = time.monotonic(), time.process_time()
         runner.run()
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
