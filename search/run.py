@@ -94,7 +94,7 @@ class Trial:
     state: State
     progress: Progress = field(default_factory=Progress)  # all so far, but for snapshots
     losses: int = 0  # workers that died in a row while they trained it alone
-    company: int = MOST_TOGETHER  # how many may share its slice: half as many each time that such a slice failed
+    company: int = MOST_TOGETHER  # how many may share its slice: halved when that fails, doubled when it does not
 
     def uid(self, study: str) -> str:
         return f"{study}/{self.slot}/{self.attempt}"
@@ -512,6 +512,7 @@ class Runner:
             work += trial.cost * epochs
             self.epoch_times.append((now, epochs))
             trial.state, trial.losses = state, 0
+            trial.company = min(2 * trial.company, MOST_TOGETHER)
             trial.progress.evaluations += part.evaluations
             trial.progress.test, trial.progress.confusion = part.test, part.confusion
             records += self._shown(trial, part, flight.since, now)
