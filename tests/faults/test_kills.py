@@ -193,7 +193,7 @@ def test_a_study_ends_though_somebody_dies_every_few_seconds(
 
     That takes at most half as long again as without, beside a start for each runner or worker that was killed.
     """
-    parts = SIX | {"search": {"method": "random", "trials": 40}, "base": {"batch_size": 5, "epochs": 300}}
+    parts = SIX | {"search": {"method": "random", "trials": 40}, "base": {"batch_size": 5, "epochs": 150}}
     undisturbed = calm(**parts)
     settings, path, chance = new_home("home"), study_file(tmp_path, **parts), random.Random(3)
     killed, since = Counter[str](), time.monotonic()
@@ -227,5 +227,5 @@ def test_a_study_ends_though_somebody_dies_every_few_seconds(
     ratio = (took - starting * (killed["runner"] + killed["worker"])) / undisturbed.seconds
     also = f"{', '.join(f'{n} x {who}' for who, n in killed.items())}; {ratio:.2f} of the calm time beside starts"
     figures("somebody killed every 1 to 5 s", found, killed.total(), starting, also)
-    assert killed.total() >= 5
+    assert killed.total() >= 3
     assert ratio < 1.5
