@@ -28,7 +28,8 @@ from search.settings import Settings, redact
 
 if TYPE_CHECKING:
     from search.datasets import Row
-    from search.run import Outcome, Runner
+    from search.outcome import Outcome
+    from search.runner import Runner
 
 app = typer.Typer(
     name="sieve",
@@ -145,9 +146,10 @@ def retry(study: Study, workers: Workers = None, as_json: Json = False) -> None:
     """Run the failed slots of a study again, then go on with the study."""
     with _errors():
         from search import run
+        from search.outcome import open_study
 
         settings = Settings.from_environment()
-        spec = run.stored(study, settings).spec
+        spec = open_study(study, settings).spec
         _run(
             study,
             settings,
@@ -159,7 +161,7 @@ def retry(study: Study, workers: Workers = None, as_json: Json = False) -> None:
 def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Outcome"]) -> None:
     """Show a running study; the first Ctrl-C or SIGTERM ends its slices, the second ends it at once."""
     from search import report
-    from search.run import summary
+    from search.outcome import summary
     from search.show import Display
 
     runners: list[Runner] = []  # none until it has begun
@@ -203,10 +205,11 @@ def status(
 ) -> None:
     """How studies stand: counts, stage, best, and tracking records not sent yet."""
     with _errors():
-        from search import run, serve, show
+        from search import serve, show
+        from search.outcome import standing
 
         settings = Settings.from_environment()
-        rows = serve.follow(settings, study, _say) if follow else run.standing(settings, study)
+        rows = serve.follow(settings, study, _say) if follow else standing(settings, study)
         _show_json(rows) if as_json else show.show_standing(rows)
 
 
@@ -233,11 +236,12 @@ def _request(study: str, what: str) -> None:
 def best(study: Study, as_json: Json = False) -> None:
     """The chosen configuration, with mean and deviation, and the best trials."""
     with _errors():
-        from search import run, show
+        from search import show
+        from search.outcome import conclude, open_study, summary
 
         settings = Settings.from_environment()
-        outcome = run.conclude(run.stored(study, settings))
-        _show_json(run.summary(outcome)) if as_json else show.show_outcome(outcome)
+        outcome = conclude(open_study(study, settings))
+        _show_json(summary(outcome)) if as_json else show.show_outcome(outcome)
 
 
 @app.command()
@@ -247,9 +251,9 @@ def export(
 ) -> None:
     """The chosen configuration's weights, with everything needed to predict, as a plain .npz."""
     with _errors():
-        from search import run
+        from search.outcome import export
 
-        typer.echo(run.export(study, weights, Settings.from_environment()))
+        typer.echo(export(study, weights, Settings.from_environment()))
 
 
 @app.command("report")
@@ -262,11 +266,12 @@ def report_(
 ) -> None:
     """The study as one HTML page that opens from disk, and its trials as CSV."""
     with _errors():
-        from search import report, run
+        from search import report
+        from search.outcome import open_study
 
         settings = Settings.from_environment()
         folder = out or settings.home / "reports" / study
-        for path in report.write(run.stored(study, settings), settings, folder):
+        for path in report.write(open_study(study, settings), settings, folder):
             typer.echo(f"wrote {path}")
 
 

@@ -27,8 +27,8 @@ from PIL.Image import Image
 from search import figures, plan
 from search.errors import StudyFailed
 from search.outbox import Outbox, progress_points, readable, run_name, unpack
+from search.outcome import Outcome, conclude, results, score, side
 from search.plan import Finished, Result, Slot
-from search.run import Outcome, conclude, results, score, side
 from search.settings import Settings
 from search.storage import Attempt, StudyRecord, finished_attempts
 from search.study import Choice, Published, Range, StudySpec

@@ -18,6 +18,7 @@ from PIL import Image
 from search import figures, report, run
 from search.errors import StudyConflict, StudyFileError, UnknownStudy
 from search.outbox import run_name
+from search.outcome import open_study
 from search.report import Compared, Drawing, Material, Measured
 from search.settings import Settings
 from search.study import Choice, StudySpec, difference, load
@@ -73,7 +74,7 @@ def studies(folder: Path, names: Sequence[str] = ()) -> list[StudySpec]:
 def is_done(spec: StudySpec, settings: Settings) -> bool:
     """Whether the study ran to its end. Raises StudyConflict if another one has its name."""
     try:
-        record = run.stored(spec.name, settings)
+        record = open_study(spec.name, settings)
     except UnknownStudy:
         return False
     if record.attrs.get("state") != "done":
@@ -97,7 +98,7 @@ def write(specs: Sequence[StudySpec], settings: Settings, out: Path) -> list[Pat
         if not is_done(spec, settings):
             summary.append([f"[{spec.name}](../studies/{spec.name}.yaml)", "not finished", "", ""])
             continue
-        record = run.stored(spec.name, settings)
+        record = open_study(spec.name, settings)
         material = report.gather(record, settings, few=MOST_DRAWN)
         material = replace(material, spec=run.resolved(spec, settings))  # with the file's words
         compared = report.compare(material)

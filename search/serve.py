@@ -18,7 +18,8 @@ from typing import Any
 from search import run
 from search.errors import Interrupted, SettingsError, SieveError, StorageLost, StudyBusy
 from search.outbox import Outbox
-from search.run import Runner
+from search.outcome import open_study, standing
+from search.runner import Runner, Status
 from search.settings import Settings
 from search.show import progress_line
 from search.storage import Storage, StudyRecord, open_storage, owned, register
@@ -75,7 +76,7 @@ class Service:
         if self.stopping.is_set():
             return False
         try:
-            spec = run.stored(study, self.settings).spec
+            spec = open_study(study, self.settings).spec
             outcome = run.launch(
                 spec, self.settings, workers=self.workers, started=self._started, show=self._show, warn=self.say
             )
@@ -107,7 +108,7 @@ class Service:
         if self.stopping.is_set():
             runner.stop("later")
 
-    def _show(self, status: run.Status) -> None:
+    def _show(self, status: Status) -> None:
         if time.monotonic() - self.said > SAY_SECONDS:
             self.said = time.monotonic()
             self.say(progress_line(status))
@@ -141,7 +142,7 @@ def follow(settings: Settings, study: str | None, say: Callable[[str], None]) ->
     while True:
         rows: list[dict[str, Any]] = []
         try:
-            rows = run.standing(settings, study)
+            rows = standing(settings, study)
         except StorageLost as error:
             rows = [{"study": "-", "state": "running", "problem": str(error)}]
         for row in rows:

@@ -17,7 +17,8 @@ from search.settings import Settings
 
 if TYPE_CHECKING:
     from search.datasets import Row
-    from search.run import Outcome, Status
+    from search.outcome import Outcome
+    from search.runner import Status
 
 PLAIN_SECONDS = 5.0  # between lines when nobody watches a terminal
 PLAIN_WIDTH = 200  # of tables then, so that no word is broken

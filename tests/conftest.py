@@ -14,7 +14,7 @@ from search.settings import Settings
 from search.study import StudySpec, restore
 
 if TYPE_CHECKING:
-    from search.run import Runner, Trial
+    from search.runner import Runner, Trial
     from tests.oracle import Verdict
 
 # NumPy's threads and kernel are chosen when it is imported; the Makefile sets the same.

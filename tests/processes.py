@@ -41,13 +41,13 @@ def sieve(
     patience: seconds without getting on that it waits for its publisher. before: a command that starts it.
     """
     changes = {
-        "SLICE_SECONDS": slices,
-        "MOST_SLICE_SECONDS": slices,
-        "FIRST_RATE": slices and 1e8,
-        "PUBLISHER_SECONDS": patience,
+        "runner.SLICE_SECONDS": slices,
+        "runner.MOST_SLICE_SECONDS": slices,
+        "runner.FIRST_RATE": slices and 1e8,
+        "run.PUBLISHER_SECONDS": patience,
     }
-    code = "from search import run; from search.cli import app; "
-    code += "".join(f"run.{name} = {value}; " for name, value in changes.items() if value is not None)
+    code = "from search import run, runner; from search.cli import app; "
+    code += "".join(f"{name} = {value}; " for name, value in changes.items() if value is not None)
     addresses = {
         "SIEVE_HOME": str(settings.home),
         "SIEVE_STORAGE": settings.storage,

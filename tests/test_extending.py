@@ -15,7 +15,7 @@ from core.optim import Memory, Rates, UpdateRule
 from core.train import TrainConfig
 from search import run, study
 from search.errors import StudyFileError
-from search.run import Outcome
+from search.outcome import Outcome, open_study
 from search.settings import Settings
 from search.study import StudySpec
 
@@ -95,4 +95,4 @@ def test_a_search_method(
     monkeypatch.setitem(study.SAMPLERS, "evolution", f"{__name__}:evolution")
     outcome = launch(quick(search=search, confirm=False))
     assert len(outcome.table) == 6
-    assert run.stored("quick", settings).spec.search.method == "evolution"
+    assert open_study("quick", settings).spec.search.method == "evolution"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search import prune, run
+from search.outcome import open_study, standing
 from search.plan import Slot
 from search.settings import Settings
 from search.study import Halving, Limits, StudySpec
@@ -21,7 +22,7 @@ LONG = {"base": {"batch_size": 50, "epochs": 12}, "search": {"method": "random",
 def ends(settings: Settings) -> dict[str, tuple[Any, ...]]:
     return {
         str(a.slot): (a.state.name, a.value, a.attrs.get("reason"), a.attrs["epochs"])
-        for a in run.stored("quick", settings).attempts()
+        for a in open_study("quick", settings).attempts()
     }
 
 
@@ -50,7 +51,7 @@ def test_rungs_with_a_barrier_cut_the_same_for_any_number_of_workers(
     launch(spec, other, workers=3)
     assert ends(settings) == ends(other)
     assert sorted(epochs for *_, epochs in ends(settings).values()) == [2] * 6 + [6] * 2 + [12]
-    assert "does not depend on timing" in run.stored("quick", settings).attrs["pruning"]
+    assert "does not depend on timing" in open_study("quick", settings).attrs["pruning"]
 
 
 def test_a_stop_between_rungs_changes_nothing(settings: Settings, quick: Spec, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_optunas_pruners_decide_between_slices(settings: Settings, quick: Spec, 
     if method == "successive-halving":
         assert sum(state == "PRUNED" for state, *_ in found.values()) >= 3
     assert outcome.chosen.mean > 0.5
-    assert "depends on timing" in run.stored("quick", settings).attrs["pruning"]
+    assert "depends on timing" in open_study("quick", settings).attrs["pruning"]
 
 
 @given(
@@ -117,15 +118,15 @@ def test_the_end_of_a_stage_at_a_rung_begins_the_next(settings: Settings, quick:
     launch(spec.model_copy(update={"limits": Limits(trials=9)}), settings, workers=1)
     launch(spec, settings, workers=1)
     assert sum(slot.startswith("s1") for slot in ends(settings)) == 2
-    assert run.standing(settings, "quick")[0]["state"] == "done"
+    assert standing(settings, "quick")[0]["state"] == "done"
 
 
 def test_rungs_are_counted_in_evaluations(settings: Settings, quick: Spec) -> None:
     """A study that is evaluated every few updates has its rungs after as many evaluations as one that is each epoch."""
     base = {"batch_size": 50, "epochs": 4, "eval_every": 3}  # 6 updates an epoch
     launch(quick(**LONG | {"base": base}, pruner={"method": "successive-halving", "least": 4}), settings, workers=1)
-    storage = run.stored("quick", settings).storage
-    curves = [storage.get_trial(a.trial_id).intermediate_values for a in run.stored("quick", settings).attempts()]
+    storage = open_study("quick", settings).storage
+    curves = [storage.get_trial(a.trial_id).intermediate_values for a in open_study("quick", settings).attempts()]
     assert {len(curve) for curve in curves} == {4, 8}
 
 
@@ -138,6 +139,6 @@ def test_optunas_samplers_repeat_themselves(settings: Settings, quick: Spec, tmp
     with pytest.raises(run.Interrupted):
         launch(spec, other, workers=3, started=stop_after_first_slice)
     launch(spec, other, workers=3)
-    first, second = ({a.slot: a.params for a in run.stored("quick", s).attempts()} for s in (settings, other))
+    first, second = ({a.slot: a.params for a in open_study("quick", s).attempts()} for s in (settings, other))
     assert first == second
     assert len(first) == 8

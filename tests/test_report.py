@@ -22,9 +22,9 @@ from search import report, run, study
 from search.cli import app
 from search.errors import UnknownStudy
 from search.outbox import Outbox
+from search.outcome import Outcome, open_study, study_note
 from search.plan import Result, Slot
 from search.report import Confusion, Layer, Material
-from search.run import Outcome
 from search.settings import Settings
 from search.storage import Attempt, StudyRecord
 from search.study import StudySpec, restore
@@ -281,7 +281,7 @@ def test_a_study_that_was_run_is_reported_whole(settings: Settings, quick: Spec)
     """Coarse to fine with confirm: boxes as the runner stored them, paths, curves with bands, weights, matrix, CSV."""
     spec = quick(description="From coarse to fine.")
     found = run.launch(spec, settings, workers=1, publish=False, report=report.html)
-    record = run.stored("quick", settings)
+    record = open_study("quick", settings)
     folder = settings.home / "written"
     assert report.write(record, settings, folder) == [folder / "report.html", folder / "trials.csv"]
     page = Page((folder / "report.html").read_text())
@@ -336,7 +336,7 @@ def test_the_note_in_the_dashboard_sums_the_study_up(settings: Settings, quick: 
     """Question, result with mean and deviation, links, repeated configurations, each stage's box, the whole spec."""
     spec = quick(description="Why?")
     found = run.launch(spec, settings, workers=1, publish=False)
-    text = run.study_note(spec, found.stages, {"quick": ("7", "abc")}, settings, found)
+    text = study_note(spec, found.stages, {"quick": ("7", "abc")}, settings, found)
     parts = text.split("\n\n")
     assert parts[0] == "Why?"
     assert parts[1].startswith(
@@ -345,13 +345,13 @@ def test_the_note_in_the_dashboard_sums_the_study_up(settings: Settings, quick: 
     assert "[charts](http://127.0.0.1:5000/#/experiments/7/" in text
     assert "[report and summary](http://127.0.0.1:5000/#/experiments/7/runs/abc?" in text
     assert text.count("| 2 |") == 2
-    stored = run.stored("quick", settings)
+    stored = open_study("quick", settings)
     narrowed = "{:.3g} to {:.3g}".format(*stored.attrs["stages"][2]["box"]["eta"])
     assert re.search(rf"^\| stage-3 \| 4 \| {narrowed} \|", text, re.MULTILINE)
     assert json.loads(parts[-1].removeprefix("```json").removesuffix("```")) == json.loads(spec.to_json())
     attrs = stored.storage.get_study_system_attrs(stored.study_id)
     kept = get_note(load_study(study_name="quick", storage=stored.storage))
-    assert kept == run.study_note(spec, found.stages, {}, settings, found)
+    assert kept == study_note(spec, found.stages, {}, settings, found)
     assert max(len(text) for key, text in attrs.items() if "note_str" in key) <= 2045  # what the dashboard allows
 
 
@@ -369,5 +369,5 @@ def test_the_command_writes_into_a_folder_of_its_own(settings: Settings, quick: 
 def test_an_unknown_study_makes_nothing(settings: Settings, tmp_path: Path) -> None:
     """No folder, no database."""
     with pytest.raises(UnknownStudy):
-        report.write(run.stored("nope", settings), settings, tmp_path / "out")
+        report.write(open_study("nope", settings), settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from search import reproduce, run
 from search.cli import app
 from search.errors import StudyConflict, StudyFileError
+from search.outcome import conclude, open_study
 from search.settings import Settings
 from search.study import restore
 
@@ -82,7 +83,7 @@ def test_one_command_runs_and_writes_and_only_what_is_left(folder: Path, setting
     assert done.exit_code == 0, done.output
     assert "study 'a1-two' is done" in done.output
     assert "| not finished |" not in page.read_text()
-    assert [len(run.stored(n, settings).attempts()) for n in ("a1-two", "b2-coarse")] == [4, 4]
+    assert [len(open_study(n, settings).attempts()) for n in ("a1-two", "b2-coarse")] == [4, 4]
     text = page.read_bytes()
     page.unlink()
     (tmp_path / "docs" / "reproduction" / "old.png").write_bytes(b"")
@@ -102,7 +103,7 @@ def test_the_document_sets_published_beside_ours(folder: Path, settings: Setting
     run.launch(spec, settings, workers=1, publish=False)
     reproduce.write([spec], settings, tmp_path)
     text = (tmp_path / "reproduction.md").read_text()
-    attempts = run.stored("a1-two", settings).attempts()
+    attempts = open_study("a1-two", settings).attempts()
     plain, held = ([a.attrs for a in attempts if a.params["lambda"] == lam] for lam in (0, 10))
     first, second, third = rows(text)[-3:]
     ours = [100 * a["test_accuracy"] for a in plain]
@@ -126,12 +127,12 @@ def test_a_space_from_another_study_is_written_down(folder: Path, settings: Sett
         run.launch(fine, settings, workers=1, publish=False)
     run.launch(coarse, settings, workers=1, publish=False)
     run.launch(fine, settings, workers=1, publish=False)
-    trials = sorted(run.stored("b2-coarse", settings).attempts(), key=lambda a: -(a.value or 0.0))[:2]
+    trials = sorted(open_study("b2-coarse", settings).attempts(), key=lambda a: -(a.value or 0.0))[:2]
     etas = [a.params["eta"] for a in trials]
-    stored = run.stored("b1-fine", settings)
+    stored = open_study("b1-fine", settings)
     assert stored.spec.dimensions["eta"].model_dump(include={"low", "high"}) == {"low": min(etas), "high": max(etas)}
     assert {a.params["eta"] for a in stored.attempts()} == {min(etas), max(etas)}
-    assert run.launch(fine, settings, workers=1, publish=False).table == run.conclude(stored).table
+    assert run.launch(fine, settings, workers=1, publish=False).table == conclude(stored).table
 
 
 def test_results_of_another_specification_are_refused(folder: Path, settings: Settings, tmp_path: Path) -> None:

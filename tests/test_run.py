@@ -28,11 +28,13 @@ from optuna.importance import (
 
 from core.data import Dataset
 from core.train import TrainConfig, start
-from search import plan, run
+from search import plan, run, runner
 from search.datasets import open_dataset
 from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
 from search.outbox import Outbox
+from search.outcome import export, open_study, standing
 from search.plan import Slot
+from search.runner import MOST_COLUMNS, Runner, Status, Trial, groups
 from search.settings import Settings
 from search.storage import Attempt, owned
 from search.study import StudySpec
@@ -45,13 +47,13 @@ launch = partial(run.launch, publish=False)
 
 
 def attempts(settings: Settings, study: str = "quick") -> list[Attempt]:
-    return run.stored(study, settings).attempts()
+    return open_study(study, settings).attempts()
 
 
 def values(settings: Settings, study: str = "quick") -> dict[Slot, list[tuple[Any, ...]]]:
     """All that a trial's result is, but for the time it took, per slot and attempt."""
     found: dict[Slot, list[tuple[Any, ...]]] = {}
-    storage = run.stored(study, settings).storage
+    storage = open_study(study, settings).storage
     for a in attempts(settings, study):
         attrs = {k: v for k, v in a.attrs.items() if k != "seconds"}
         curve = storage.get_trial(a.trial_id).intermediate_values
@@ -113,10 +115,10 @@ def test_the_last_repeat_of_a_configuration_shows_mean_and_deviation(
     few = {"method": "list", "settings": [{"eta": 0.1}, {"eta": 0.01}]}
     base = {"batch_size": 50, "epochs": 2, "hidden_sizes": [16], "lambda": 0.0}
     spec = quick(search=few, space={}, base=base, confirm=False, repeats=3)
-    monkeypatch.setattr(run, "MOST_COLUMNS", 1)  # one trial at a time
+    monkeypatch.setattr(runner, "MOST_COLUMNS", 1)  # one trial at a time
     launch(spec, settings, workers=1, started=lambda runner: runner.todo.extend(reversed(plan.propose(spec, []))))
     told = {a.slot: a for a in attempts(settings)}
-    storage = run.stored("quick", settings).storage
+    storage = open_study("quick", settings).storage
     assert len(told) == 6
     for index in (0, 1):
         repeats = [told[Slot(0, index, repeat)] for repeat in range(3)]
@@ -135,14 +137,14 @@ def test_a_last_repeat_that_waits_survives_a_stop(
     """Stopped while it waits for the first repeat, the study goes on and tells it once, with its mean."""
     few = {"method": "list", "settings": [{"eta": 0.1}]}
     spec = quick(search=few, space={}, base={"epochs": 2, "hidden_sizes": [], "lambda": 0.0}, confirm=False, repeats=2)
-    monkeypatch.setattr(run, "MOST_COLUMNS", 1)
-    runners: list[run.Runner] = []
+    monkeypatch.setattr(runner, "MOST_COLUMNS", 1)
+    runners: list[Runner] = []
 
-    def backwards(runner: run.Runner) -> None:
+    def backwards(runner: Runner) -> None:
         runners.append(runner)
         runner.todo.extend(reversed(plan.propose(spec, [])))
 
-    def stop_when_held(status: run.Status) -> None:
+    def stop_when_held(status: Status) -> None:
         if runners[0].held:
             runners[0].stop()
 
@@ -254,7 +256,7 @@ def test_an_extended_grid_takes_up_what_was_running(
     settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A grid stopped in the middle and extended ends with every combination once, the running ones in their slots."""
-    monkeypatch.setattr(run, "SLICE_SECONDS", 1e-6)
+    monkeypatch.setattr(runner, "SLICE_SECONDS", 1e-6)
     with pytest.raises(Interrupted):
         launch(quick(**GRID), settings, workers=1, started=stop_after_first_slice)
     begun = {a.slot: a.params for a in attempts(settings) if a.state.name == "RUNNING"}
@@ -275,10 +277,10 @@ def test_a_limit_of_trials_counts_repeats_and_confirm(settings: Settings, quick:
         "s1.i0.r2",
     ]
     assert said == ["limits.trials: 7 is reached, no further trial begins; launch with a higher limit to go on"]
-    assert run.standing(settings, "quick")[0]["state"] == "stopped"
+    assert standing(settings, "quick")[0]["state"] == "stopped"
     launch(quick(**parts, limits={"trials": 10}), settings, workers=1)
     assert len(attempts(settings)) == 10
-    assert run.standing(settings, "quick")[0]["state"] == "done"
+    assert standing(settings, "quick")[0]["state"] == "done"
 
 
 def test_no_trial_begins_after_a_limit_of_minutes(settings: Settings, quick: Spec) -> None:
@@ -319,15 +321,15 @@ def test_a_stopped_study_goes_on_later(settings: Settings, quick: Spec) -> None:
     """`stop` saves what runs; the next launch takes it up and ends with the slots of the plan, each once."""
     spec = quick(**slow())
 
-    def stop_soon(runner: run.Runner) -> None:
+    def stop_soon(runner: Runner) -> None:
         runner.stop()
 
     with pytest.raises(Interrupted, match="goes on from here"):
         launch(spec, settings, workers=2, started=stop_soon)
-    assert run.standing(settings, "quick")[0]["state"] == "stopped"
+    assert standing(settings, "quick")[0]["state"] == "stopped"
     launch(spec, settings, workers=2)
     assert sorted(str(a.slot) for a in attempts(settings)) == [f"s0.i{i}.r0" for i in range(4)]
-    assert run.standing(settings, "quick")[0]["waiting"] == 0
+    assert standing(settings, "quick")[0]["waiting"] == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
@@ -379,7 +381,7 @@ def test_exported_weights_predict_as_the_trial_did(settings: Settings, quick: Sp
     """Prediction by hand from the exported arrays alone gives the test accuracy that was recorded."""
     spec = quick(search={"method": "random", "trials": 3}, confirm=False)
     outcome = launch(spec, settings, workers=1)
-    run.export("quick", tmp_path / "best.npz", settings)
+    export("quick", tmp_path / "best.npz", settings)
     with np.load(tmp_path / "best.npz", allow_pickle=False) as arrays:
         data, _ = open_dataset(spec.dataset, settings)
         assert data.test is not None
@@ -412,7 +414,7 @@ def test_an_unknown_study_lists_near_names(settings: Settings, quick: Spec) -> N
     """A misspelled name is answered with the names that are like it."""
     launch(quick(search={"method": "random", "trials": 1}, confirm=False), settings, workers=1)
     with pytest.raises(UnknownStudy, match="did you mean quick"):
-        run.stored("quikc", settings)
+        open_study("quikc", settings)
 
 
 def test_optuna_reads_the_study_as_its_own(settings: Settings, quick: Spec) -> None:
@@ -474,7 +476,7 @@ def test_a_best_point_at_the_border_is_said_wherever_results_are(settings: Setti
     assert words in sieve(settings, "best", "quick").communicate()[0]
     sieve(settings, "report", "quick", "--out", str(tmp_path)).communicate()
     assert words in (tmp_path / "report.html").read_text()
-    record = run.stored("quick", settings)
+    record = open_study("quick", settings)
     assert words in record.storage.get_study_system_attrs(record.study_id)["dashboard:note_str:0"]
 
 
@@ -492,11 +494,11 @@ def test_packing_puts_each_trial_into_one_group_of_its_kind(sizes: list[int], ba
     for i, (size, batch) in enumerate(zip(sizes, batches, strict=False)):
         config = TrainConfig(hidden_sizes=(size,) if size else (), batch_size=batch)
         state = start(config, data, (i,), (0,))
-        trials.append(run.Trial(Slot(0, i, 0), "random", {}, config, 1, i, i, data, state))
-    packed = run.groups(trials, workers)
+        trials.append(Trial(Slot(0, i, 0), "random", {}, config, 1, i, i, data, state))
+    packed = groups(trials, workers)
     assert sorted(t.number for group in packed for t in group) == list(range(len(trials)))
     for group in packed:
         assert len({t.config.batch_size for t in group}) == 1
-        assert len(group) == 1 or sum(t.columns for t in group) <= 2 * run.MOST_COLUMNS
+        assert len(group) == 1 or sum(t.columns for t in group) <= 2 * MOST_COLUMNS
     if len(set(batches[: len(sizes)])) == 1:
         assert len(packed) >= min(workers, len(trials))

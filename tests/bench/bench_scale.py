@@ -24,11 +24,11 @@ import numpy as np
 
 from core.data import Dataset
 from core.train import Evaluation, Progress, Snapshot, State, TrainConfig, start
-from search import plan, run
+from search import plan
 from search.datasets import open_dataset
 from search.executor import DaskExecutor, Slice
 from search.outbox import Outbox
-from search.run import Runner
+from search.runner import Runner, Status
 from search.settings import Settings
 from search.storage import PATIENCE, open_storage, owned, register
 from search.study import StudySpec, restore
@@ -176,7 +176,7 @@ def overhead(spec: StudySpec, settings: Settings, marks: list[int]) -> list[floa
     """CPU and wall milliseconds per trial of the runner, over the last fifth of the trials before each mark."""
     seen = [(0, time.process_time(), time.perf_counter())]
 
-    def look(status: run.Status) -> None:
+    def look(status: Status) -> None:
         seen.append((status.complete, time.process_time(), time.perf_counter()))
 
     with running(spec, settings, AtOnce(), 1) as runner:

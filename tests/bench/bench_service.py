@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 
 from search import run
+from search.outcome import open_study
+from search.runner import Status
 from search.settings import Settings
 from search.study import StudySpec, restore
 
@@ -35,7 +37,7 @@ class Meter:
     def __init__(self) -> None:
         self.seen: dict[tuple[str, int], float] = {}
 
-    def look(self, _: run.Status) -> None:
+    def look(self, _: Status) -> None:
         for child in psutil.Process().children(recursive=True):
             try:
                 words = " ".join(child.cmdline())
@@ -64,7 +66,7 @@ def main() -> None:
         run.launch(spec, settings, show=meter.look)
         wall = time.monotonic() - began
         after = resource.getrusage(resource.RUSAGE_SELF)
-        attempts = run.stored("mixed", settings).attempts()
+        attempts = open_study("mixed", settings).attempts()
         on_disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     training = sum(a.attrs["seconds"] for a in attempts)
     runner = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -39,7 +39,7 @@ from core.train import TrainConfig
 from search.executor import set_worker_environment
 
 BATCH = 100
-COLUMNS = 1600  # most first-layer columns of a group, as in search/run.py
+COLUMNS = 1600  # most first-layer columns of a group, as in search/runner.py
 TRIALS = 16  # per process: 32 in all
 
 Reference = tuple[Any, ...]  # the arguments of datasets.open_stored

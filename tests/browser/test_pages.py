@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from search import report, run, tracking
+from search import report, tracking
 from search.outbox import Outbox
+from search.outcome import conclude, open_study
 from search.settings import Settings
 from tests.conftest import QUICK
 
@@ -90,7 +91,7 @@ def page(chromium: Any, tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def best(shown: Settings) -> Any:
     """The best trial as Optuna's storage has it."""
-    return run.conclude(run.stored("quick", shown)).table[0]
+    return conclude(open_study("quick", shown)).table[0]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_the_image_grid_shows_the_weights_of_the_trials(page: Any, links: dict[s
 
 def test_a_trial_in_the_dashboard_has_its_picture_and_leads_to_mlflow(page: Any, shown: Settings, best: Any) -> None:
     """The note's image loads; its link, clicked, opens the run of that very trial."""
-    record = run.stored("quick", shown)
+    record = open_study("quick", shown)
     page.goto(f"{shown.dashboard_ui}/dashboard/studies/{record.study_id}/trials?numbers={best.number}")
     page.get_by_text(f"Trial {best.number} (trial_id={best.trial_id})").wait_for()
     for name in ("stage", "slot", "repeat"):
@@ -171,8 +172,8 @@ def test_a_trial_in_the_dashboard_has_its_picture_and_leads_to_mlflow(page: Any,
 
 def test_the_study_in_the_dashboard_says_what_came_out(page: Any, shown: Settings) -> None:
     """Its note has the result with mean and deviation, the repeated configurations, and links into MLflow."""
-    record = run.stored("quick", shown)
-    chosen = run.conclude(record).chosen
+    record = open_study("quick", shown)
+    chosen = conclude(record).chosen
     page.goto(f"{shown.dashboard_ui}/dashboard/studies/{record.study_id}/note")
     page.get_by_text(f"{chosen.mean:.4f} ± {chosen.deviation:.4f}").first.wait_for()
     assert page.locator("td", has_text="eta=").count() == 2
@@ -193,7 +194,7 @@ def test_the_summary_run_carries_the_report(page: Any, links: dict[str, str], sh
 
 def test_the_report_opens_from_disk(page: Any, shown: Settings, best: Any, tmp_path: Path) -> None:
     """Tables and figures are there, all of them loaded, nothing was asked of any network, nothing was blocked."""
-    written, table = report.write(run.stored("quick", shown), shown, tmp_path / "report")
+    written, table = report.write(open_study("quick", shown), shown, tmp_path / "report")
     asked: list[str] = []
     said: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

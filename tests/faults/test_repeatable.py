@@ -53,10 +53,10 @@ SPECS = [QUICK | parts | {"name": name} for name, parts in METHODS.items()]
 # All studies one after the other, in slices of an epoch.
 LAUNCH = """
 import json, pathlib, sys
-from search import run
+from search import run, runner
 from search.settings import Settings
 from search.study import restore
-run.SLICE_SECONDS = 1e-6
+runner.SLICE_SECONDS = 1e-6
 for spec in json.loads(pathlib.Path(sys.argv[1]).read_text()):
     run.launch(restore(spec), Settings.from_environment(), workers=int(sys.argv[2]), publish=False)
 """

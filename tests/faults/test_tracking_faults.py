@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from search import run, tracking
+from search import run, runner, tracking
 from search.outbox import Outbox, progress_points
 from search.settings import Settings
 from search.study import restore
@@ -81,8 +81,8 @@ def test_training_does_not_wait_for_tracking(
 
     monkeypatch.setattr(Outbox, "put", timed(Outbox.put))
     monkeypatch.setattr(Outbox, "links", timed(Outbox.links))  # read for the dashboard's notes
-    monkeypatch.setattr(run, "SLICE_SECONDS", 0.1)
-    monkeypatch.setattr(run, "FIRST_RATE", 1e8)
+    monkeypatch.setattr(runner, "SLICE_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "FIRST_RATE", 1e8)
     monkeypatch.setattr(run, "PUBLISHER_SECONDS", 0.0)
     slow = {"latency": 0.2, "rate": 10_000.0} if how == "slow" else {}
     with proxy(server.port, rule(api="hang") if how == "hung" else rule(), **slow) as address:

@@ -13,6 +13,8 @@ import pytest
 
 from search import run
 from search.errors import DataError, SettingsError
+from search.outcome import open_study
+from search.runner import Runner
 from search.settings import Settings
 from search.study import StudySpec
 from tests.oracle import results, verdict
@@ -77,7 +79,7 @@ def test_a_study_waits_for_workers_and_for_its_scheduler(
     said: list[str] = []
     disturbed: list[Future[None]] = []
 
-    def disturb(runner: run.Runner) -> None:
+    def disturb(runner: Runner) -> None:
         time.sleep(1.5)
         gone = cluster.add()
         while not runner.flying:
@@ -107,7 +109,7 @@ def test_a_slot_that_kills_three_workers_fails_alone(
         cluster.add(SIEVE_FAILPOINT="eta=0.3")
     settings = home("dask", SIEVE_EXECUTOR=cluster.address)
     outcome = launch(spec, settings)
-    attempts = {a.params["eta"]: a for a in run.stored("quick", settings).attempts()}
+    attempts = {a.params["eta"]: a for a in open_study("quick", settings).attempts()}
     assert {eta: a.state.name for eta, a in attempts.items()} == {
         0.1: "COMPLETE",
         0.2: "COMPLETE",
@@ -148,7 +150,7 @@ def test_each_host_opens_its_own_copy_and_vouches_for_it(
     settings = home("bad", SIEVE_EXECUTOR=cluster.address)
     with pytest.raises(DataError, match=r"worker .*: its copy of npz is another one"):
         launch(spec, settings)
-    assert {a.state.name for a in run.stored("quick", settings).attempts()} == {"RUNNING"}
+    assert {a.state.name for a in open_study("quick", settings).attempts()} == {"RUNNING"}
 
 
 def test_no_scheduler_is_said_at_once(home: Home, quick: Spec) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from search import run, serve
 from search.errors import StudyConflict
+from search.outcome import open_study, standing
 from search.settings import Settings
 from search.study import StudySpec
 from tests.stack.conftest import PASSWORD
@@ -52,7 +53,7 @@ def service(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
 def await_states(settings: Settings, wanted: dict[str, str], timeout: float = 90.0) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        rows = run.standing(settings)
+        rows = standing(settings)
         if {row["study"]: row["state"] for row in rows} == wanted:
             return
         time.sleep(0.3)
@@ -131,7 +132,7 @@ def test_a_study_that_cannot_run_does_not_hold_up_the_others(home: Home, quick: 
     finally:
         process.terminate()
         process.wait(15)
-    assert "/nowhere/own.npz: no such file" in run.stored("bad", settings).attrs["problem"]
+    assert "/nowhere/own.npz: no such file" in open_study("bad", settings).attrs["problem"]
 
 
 def test_a_study_is_registered_once(home: Home, quick: Spec) -> None:
@@ -141,4 +142,4 @@ def test_a_study_is_registered_once(home: Home, quick: Spec) -> None:
     serve.enqueue(quick(**small("a")), settings)
     with pytest.raises(StudyConflict):
         serve.enqueue(quick(**small("a", seed=9)), settings)
-    assert len(run.standing(settings)) == 1
+    assert len(standing(settings)) == 1

@@ -1,0 +1,266 @@
+"""What a study says so far, or in the end: the choice, its repeats and stages, where it stands, the chosen weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.trial import TrialState
+from threadpoolctl import threadpool_info
+
+from search import __version__, outbox, plan, prune
+from search.datasets import open_dataset
+from search.errors import SieveError, StudyFailed, UnknownStudy
+from search.outbox import Outbox
+from search.plan import WORST, Finished, Params, Slot
+from search.settings import Settings
+from search.storage import (
+    Attempt,
+    StudyRecord,
+    finished_attempts,
+    is_empty,
+    is_owned,
+    open_storage,
+    study_names,
+)
+from search.study import Choice, Range, StudySpec
+from search.tracking import links, run_link
+
+NOTED = 5  # repeated configurations in the study's note
+
+
+def score(spec: StudySpec, attempt: Attempt) -> float:
+    """The higher the better; -inf for what diverged or was pruned."""
+    if attempt.state != TrialState.COMPLETE or attempt.value is None:
+        return WORST
+    return attempt.value if spec.maximise else -attempt.value
+
+
+def results(spec: StudySpec, settled: Iterable[Attempt], failed: Mapping[Slot, Params]) -> list[Finished]:
+    """What the plan needs to know."""
+    finished = [Finished(a.slot, a.params, score(spec, a)) for a in settled]
+    return finished + [Finished(slot, params, WORST) for slot, params in failed.items()]
+
+
+def best_first(spec: StudySpec, attempts: Iterable[Attempt]) -> list[Attempt]:
+    """Those with a result, the best first."""
+    return sorted((a for a in attempts if score(spec, a) > WORST), key=lambda a: (-score(spec, a), a.slot))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a study ended."""
+
+    study: str
+    metric: str
+    chosen: plan.Chosen  # its mean and deviation are in the unit of the metric
+    test_accuracy: tuple[float, float | None] | None  # mean and deviation over the chosen configuration's trials
+    repeated: list[plan.Result]  # configurations with several runs, best mean first, in the unit of the metric
+    border: list[str]  # where the best point lies on the border of the space
+    stages: list[dict[str, Any]]  # each with its name, its trials, and in words the side of its box for each parameter
+    table: list[Attempt]  # the best trials, best first
+    failed: int
+    unsent: int  # tracking records that did not reach MLflow yet
+
+
+def study_note(
+    spec: StudySpec,
+    stages: Iterable[Mapping[str, Any]],
+    shown: Mapping[str, tuple[str, str]],
+    settings: Settings,
+    outcome: Outcome | None = None,
+) -> str:
+    """Markdown for the study's page in the Optuna dashboard: result, links into MLflow, repeats, stages, the spec.
+
+    shown: uid -> (experiment id, run id) of what is in MLflow by now. outcome: None while the study runs.
+    """
+
+    def spread(mean: float, deviation: float | None) -> str:
+        return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+    parts = [spec.description]
+    if outcome:
+        chosen = outcome.chosen
+        runs = "1 run" if chosen.n == 1 else f"{chosen.n} runs"
+        figures = f"**{spec.metric} {spread(chosen.mean, chosen.deviation)}** ({runs})"
+        parts.append(f"{figures}: {outbox.run_name(chosen.params)}")
+        if outcome.test_accuracy:
+            parts.append(f"test_accuracy {spread(*outcome.test_accuracy)}, not used to choose")
+        parts += outcome.border
+    if spec.name in shown:
+        experiment, run = shown[spec.name]
+        address = links(settings, experiment)
+        parts.append(
+            f"In MLflow: [charts]({address['charts']}) · [table]({address['table']}) · "
+            f"[report and summary]({run_link(settings, experiment, run)})"
+        )
+    if outcome:
+        parts.append(
+            outbox.markdown(
+                {"configuration": outbox.run_name(r.params), "runs": r.n, spec.metric: spread(r.mean, r.deviation)}
+                for r in outcome.repeated[:NOTED]
+            )
+        )
+    parts.append(f"{spec.search.method} on {spec.dataset.name}, seed {spec.seed}")
+    parts.append(prune.note(spec))
+    parts.append(outbox.markdown(stages))
+    parts.append(f"```json\n{json.dumps(json.loads(spec.to_json()), indent=1)}\n```")
+    return "\n\n".join(part for part in parts if part)
+
+
+def versions() -> dict[str, str]:
+    """Exactly what is at work here: Sieve, Python, the libraries, and NumPy's BLAS with its kernel."""
+    blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    found = {"sieve": __version__, "python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in ("numpy", "optuna", "mlflow")}
+    found["BLAS"] = " and ".join(
+        f"{b['internal_api']} {b['version']} with kernel {b.get('architecture', '?')}" for b in blas
+    )
+    return found
+
+
+def conclude(record: StudyRecord) -> Outcome:
+    """What the study says so far. Raises StudyFailed if no trial has a result."""
+    spec, attempts = record.spec, record.attempts()
+    settled = finished_attempts(attempts)
+    failed = {a.slot: a.params for a in attempts if a.state == TrialState.FAIL and a.slot not in settled}
+    finished = results(spec, settled.values(), failed)
+    chosen = plan.choose(spec, finished)
+    if chosen is None:
+        reasons = sorted(
+            {str(a.attrs.get("reason", "")).strip().splitlines()[-1:][0] for a in attempts if a.attrs.get("reason")}
+        )
+        raise StudyFailed(f"study '{spec.name}': none of {len(attempts)} trials has a result: {'; '.join(reasons[:3])}")
+    tests = [settled[slot].attrs["test_accuracy"] for slot in chosen.slots if "test_accuracy" in settled[slot].attrs]
+    sign = 1 if spec.maximise else -1
+    by_slot = sorted(finished, key=lambda f: f.slot)
+    configurations = plan.ranked(plan.results(by_slot, lambda f: f"{f.slot.stage}.{f.slot.index}"))
+    return Outcome(
+        study=spec.name,
+        metric=spec.metric,
+        chosen=replace(chosen, mean=sign * chosen.mean),
+        repeated=[replace(result, mean=sign * result.mean) for result in configurations if result.n > 1],
+        test_accuracy=(statistics.mean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else None,
+        border=plan.border(spec, finished),
+        stages=stages_in_words(spec, finished),
+        table=best_first(spec, settled.values()),
+        failed=len(failed),
+        unsent=0,
+    )
+
+
+def stages_in_words(spec: StudySpec, finished: list[Finished]) -> list[dict[str, Any]]:
+    """Each stage with its trials, and for each parameter the side of its box; none before the box is known."""
+
+    def sides(box: plan.Box | None) -> dict[str, str]:
+        return {name: side(d, box[name]) if box else "" for name, d in spec.dimensions.items()}
+
+    every = zip(plan.stages(spec), plan.boxes(spec, finished), strict=True)
+    return [{"stage": stage.name, "trials": stage.trials} | sides(box) for stage, box in every]
+
+
+def side(dimension: Range | Choice, ends: Sequence[Any]) -> str:
+    """One side of a box in words."""
+    if isinstance(dimension, Choice):
+        return ", ".join(f"{end:g}" if isinstance(end, float) else str(end) for end in ends)
+    return f"{ends[0]:.3g} to {ends[1]:.3g}"
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as plain values, for MLflow and for --json."""
+    chosen = outcome.chosen
+    mean, deviation = outcome.test_accuracy or (None, None)
+    return {
+        "study": outcome.study,
+        "params": chosen.params,
+        "metric": outcome.metric,
+        "mean": chosen.mean,
+        "deviation": chosen.deviation,
+        "n": chosen.n,
+        "slots": [str(slot) for slot in chosen.slots],
+        "test_accuracy": mean,
+        "test_deviation": deviation,
+        "border": outcome.border,
+        "stages": outcome.stages,
+        "failed": outcome.failed,
+        "unsent": outcome.unsent,
+    }
+
+
+def open_study(study: str, settings: Settings) -> StudyRecord:
+    """The record of a study that exists. Raises UnknownStudy, and makes nothing."""
+    if is_empty(settings.storage):
+        raise UnknownStudy(study)
+    return StudyRecord(open_storage(settings.storage), study)
+
+
+def standing(settings: Settings, study: str | None = None) -> list[dict[str, Any]]:
+    """How each study (or this one) stands, as rows of plain values. Raises UnknownStudy."""
+    if study is not None:
+        names = [open_study(study, settings).name]
+    else:
+        names = [] if is_empty(settings.storage) else study_names(open_storage(settings.storage))
+    if not names:
+        return []
+    storage = open_storage(settings.storage)
+    with Outbox(settings.outbox) as box:
+        return [_standing(StudyRecord(storage, name), box, settings) for name in names]
+
+
+def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, Any]:
+    attrs, attempts = record.attrs, record.attempts()
+    row: dict[str, Any] = dict.fromkeys(("stage", "best", "waiting"))
+    settled = finished_attempts(attempts)
+    failed = {a.slot for a in attempts if a.state == TrialState.FAIL} - settled.keys()
+    row |= {
+        "study": record.name,
+        "state": "running" if is_owned(settings.storage, record.name) else attrs.get("state", "-"),
+        "complete": sum(a.state == TrialState.COMPLETE for a in settled.values()),
+        "pruned": sum(a.state == TrialState.PRUNED for a in settled.values()),
+        "running": sum(a.state == TrialState.RUNNING for a in attempts),
+        "failed": len(failed),
+        "unsent": box.unsent(record.name),
+    }
+    if "spec" in attrs:
+        spec = record.spec
+        best = next(iter(best_first(spec, settled.values())), None)
+        planned = sum(stage.trials for stage in plan.stages(spec))
+        row["best"] = best and round(best.value or 0.0, 6)
+        row["stage"] = max(attempts, key=lambda a: a.slot).attrs["stage"] if attempts else None
+        row["waiting"] = max(0, planned - len(settled) - len(failed) - row["running"])
+        row["planned"] = planned
+    return row
+
+
+def export(study: str, path: Path, settings: Settings) -> str:
+    """Write the chosen configuration's best weights and what prediction needs; says what was written."""
+    record = open_study(study, settings)
+    outcome, spec = conclude(record), record.spec
+    slots = set(outcome.chosen.slots)
+    attempt = next(a for a in outcome.table if a.slot in slots)
+    uid = f"{study}/{attempt.slot}/{attempt.attempt}"
+    with Outbox(settings.outbox) as box:
+        ended = box.records(uid, "trial_ended")
+    if not ended or ended[0].blob is None:
+        raise SieveError(f"study '{study}': this machine has no weights of trial {attempt.slot}; export where it ran")
+    data, _ = open_dataset(spec.dataset_of(attempt.attrs["stage"]), settings)
+    config = spec.config(attempt.params, **attempt.attrs["overrides"])
+    about = {
+        "study": study,
+        "slot": str(attempt.slot),
+        "config": config.to_params(),
+        "classes": data.classes,
+        "dataset": {"name": data.name, "digest": data.digest},
+        "predict": "a = (x - mean) * scale; then a = activation(a W1 + b1), ...; classes[argmax(a W_L + b_L)]",
+    }
+    arrays = outbox.unpack(ended[0].blob) | {"mean": data.mean, "scale": data.scale}
+    with path.open("wb") as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+    return f"wrote {path}: {', '.join(sorted(arrays))} and about (JSON) of trial {attempt.slot}"
