@@ -131,7 +131,7 @@ def end(process: "subprocess.Popen[str]") -> str:
 def walk(command: str, folder: Path) -> None:
     """Run a command as it stands, or as much of it as this machine can."""
     if command.startswith("make "):  # what the target runs, its environment being there already
-        recipe = end(shell(f"{command} -n -o .venv/installed", folder))
+        recipe = end(shell(f"{command} -n --no-print-directory -o .venv/installed", folder))
         command = re.sub(r"^#.*\n", "", recipe, flags=re.MULTILINE).strip()
     if command.startswith("docker compose"):
         check_compose(command)
