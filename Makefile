@@ -23,7 +23,7 @@ ui: install # MLflow and the Optuna dashboard on what is in mlruns/
 test: install
 	$(BIN)/pytest
 faults: install # everything that can go wrong (FAULTS=long: what `make test` leaves out); fills in docs/reliability.md
-	$(BIN)/pytest -m "$(FAULTS)" --figures docs/reliability.md
+	$(BIN)/pytest -m "$(FAULTS)" --figures=docs/reliability.md
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
