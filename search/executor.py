@@ -1,7 +1,7 @@
 """The one seam between the runner and what does the work: a `concurrent.futures.Executor`.
 
-Locally, every worker is a process pool of one: a killed worker loses its own slice and nobody else's. On a Dask
-cluster, workers come, go and die as they like; each host has its own copy of the data and no credentials.
+Locally, every worker is a process with a pipe of its own: a killed worker loses its own slice and nobody else's. On
+a Dask cluster, workers come, go and die as they like; each host has its own copy of the data and no credentials.
 """
 
 import os
@@ -10,11 +10,13 @@ import signal
 import socket
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from contextlib import suppress
 from functools import lru_cache
-from multiprocessing import active_children, connection, get_context, parent_process, resource_tracker
+from multiprocessing import Pipe, active_children, connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +52,72 @@ def set_worker_environment(environment: MutableMapping[str, str] = os.environ) -
         environment["OPENBLAS_CORETYPE"] = kernel
 
 
-def _begin_worker() -> None:
+def _serve_slices(pipe: connection.Connection) -> None:
+    """A worker's whole life: do what comes through the pipe and hand back what it gives, or raises."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    pipe.send(None)  # it has imported what it needs
+    with suppress(EOFError):
+        while True:
+            fn, args, kwargs = pipe.recv()
+            try:
+                answer: tuple[Any, Exception | None] = fn(*args, **kwargs), None
+            except Exception as error:
+                error.add_note("In the worker:\n" + "".join(traceback.format_tb(error.__traceback__)))
+                answer = None, error
+            pipe.send(answer)
+
+
+def _follow_parent() -> None:
     """Do not outlive the runner."""
     parent = parent_process()
     assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
-    def follow_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+class Worker:
+    """A process and this end of its pipe. Nobody else here holds the other end, so its death is heard at once.
+
+    (ProcessPoolExecutor keeps it open, and waits for ever for the rest of a result whose worker was killed in it.)
+    """
+
+    def __init__(self) -> None:
+        """Raises BrokenExecutor if it dies before it has begun; then it did not die of its work."""
+        self._pipe, theirs = Pipe()
+        self._process = get_context("spawn").Process(target=_serve_slices, args=(theirs,))
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def do(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `fn` gives, or raises; BrokenExecutor if the process died."""
+        try:
+            self._pipe.send((fn, args, kwargs))
+        except OSError:
+            raise BrokenExecutor(self._fate()) from None
+        result, error = self._answer()
+        if error is not None:
+            raise error
+        return result
+
+    def end(self) -> None:
+        """Once it has done what it was given."""
+        self._pipe.close()
+        self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            raise BrokenExecutor(self._fate()) from None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _fate(self) -> str:
+        self.kill()
+        self.end()
+        return f"worker {self._process.pid} ended with exit code {self._process.exitcode}"
 
 
 class LocalExecutor(Executor):
@@ -82,33 +140,29 @@ class LocalExecutor(Executor):
         # Inherited by the workers from their first moment on: the runner alone decides what Ctrl-C and SIGTERM mean.
         resource_tracker.ensure_running()  # which would let them through again
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        pool: ProcessPoolExecutor | None = None
+        worker: Worker | None = None
         while (task := self._tasks.get()) is not None and not self._ending:
             future, fn, args, kwargs = task
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                pool = pool or self._new_pool()
-                future.set_result(pool.submit(fn, *args, **kwargs).result())
-            except BaseException as error:
-                if pool and isinstance(error, BrokenExecutor):
-                    pool.shutdown(wait=False)
-                    pool = None
-                future.set_exception(error)
-        if pool:
-            pool.shutdown()
-
-    def _new_pool(self) -> ProcessPoolExecutor:
-        """A process that has begun. One that dies before that did not die of its work."""
-        for _ in range(MOST_STARTS):
-            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin_worker)
-            try:
-                pool.submit(_begun).result()
-                return pool
-            except BrokenExecutor:
-                pool.shutdown(wait=False)
+                worker = worker or self._new_worker()
                 if self._ending:
-                    break
+                    worker.kill()  # it began when the others had been killed
+                future.set_result(worker.do(fn, *args, **kwargs))
+            except BaseException as error:
+                if isinstance(error, BrokenExecutor):
+                    worker = None
+                future.set_exception(error)
+        if worker:
+            worker.end()
+
+    def _new_worker(self) -> Worker:
+        for _ in range(MOST_STARTS):
+            with suppress(BrokenExecutor):
+                return Worker()
+            if self._ending:
+                break
         raise BrokenExecutor("no worker begins")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -122,10 +176,6 @@ class LocalExecutor(Executor):
         if wait:
             for thread in self._threads:
                 thread.join()
-
-
-def _begun() -> None:
-    """In a worker: it has imported what it needs."""
 
 
 def cores() -> int:

@@ -1,0 +1,68 @@
+"""Workers of this machine: what they give back, what they raise, and how they die."""
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from multiprocessing import active_children
+
+import numpy as np
+import pytest
+
+from search.executor import LocalExecutor
+
+
+@pytest.fixture
+def executor() -> Iterator[LocalExecutor]:
+    executor = LocalExecutor(1)
+    yield executor
+    executor.shutdown(cancel_futures=True)
+
+
+def test_a_worker_may_be_killed_at_any_moment_of_a_large_result(executor: LocalExecutor) -> None:
+    """Also while its 8 MB are on their way: the future says so at once, and the next task gets a new worker."""
+    chance, broken = random.Random(1), 0
+    for _ in range(25):
+        future = executor.submit(np.ones, 1_000_000)
+        time.sleep(chance.uniform(0, 0.02))
+        for worker in active_children():
+            worker.kill()
+        try:
+            assert future.result(timeout=20).sum() == 1_000_000
+        except BrokenExecutor:
+            broken += 1
+    assert broken >= 1
+    assert executor.submit(sum, (1, 2)).result(timeout=20) == 3
+
+
+def test_a_worker_that_ends_is_heard_of(executor: LocalExecutor) -> None:
+    """Its exit code is in what is raised; who waits idly and dies costs the next task, and no more."""
+    with pytest.raises(BrokenExecutor, match="exit code 7"):
+        executor.submit(os._exit, 7).result(timeout=20)
+    process = executor.submit(os.getpid).result(timeout=20)
+    os.kill(process, 9)
+    with pytest.raises(BrokenExecutor, match="exit code -9"):
+        executor.submit(os.getpid).result(timeout=20)
+    assert executor.submit(os.getpid).result(timeout=20) != process
+
+
+def test_what_work_raises_comes_back_with_its_place(executor: LocalExecutor) -> None:
+    """The exception is of its own type and names the line in the worker; the worker goes on."""
+    process = executor.submit(os.getpid).result(timeout=20)
+    with pytest.raises(ZeroDivisionError) as raised:
+        executor.submit(divmod, 1, 0).result(timeout=20)
+    assert "executor.py" in raised.value.__notes__[0]
+    assert executor.submit(os.getpid).result(timeout=20) == process
+
+
+def test_an_end_at_once_waits_for_nobody() -> None:
+    """A worker in the midst of a minute is killed, as is one that is only beginning."""
+    for seconds in (0.0, 1.5):
+        executor = LocalExecutor(1)
+        future, since = executor.submit(time.sleep, 60), time.monotonic()
+        time.sleep(seconds)
+        executor.shutdown(cancel_futures=True)
+        assert time.monotonic() - since < 20
+        assert isinstance(future.exception(timeout=20), BrokenExecutor)
+        assert not active_children()
