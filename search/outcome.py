@@ -24,6 +24,7 @@ from search.settings import Settings
 from search.storage import (
     Attempt,
     StudyRecord,
+    failed_attempts,
     finished_attempts,
     is_empty,
     is_owned,
@@ -130,7 +131,7 @@ def conclude(record: StudyRecord) -> Outcome:
     """What the study says so far. Raises StudyFailed if no trial has a result."""
     spec, attempts = record.spec, record.attempts()
     settled = finished_attempts(attempts)
-    failed = {a.slot: a.params for a in attempts if a.state == TrialState.FAIL and a.slot not in settled}
+    failed = {slot: a.params for slot, a in failed_attempts(attempts).items()}
     finished = results(spec, settled.values(), failed)
     chosen = plan.choose(spec, finished)
     if chosen is None:
@@ -217,8 +218,7 @@ def standing(settings: Settings, study: str | None = None) -> list[dict[str, Any
 def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, Any]:
     attrs, attempts = record.attrs, record.attempts()
     row: dict[str, Any] = dict.fromkeys(("stage", "best", "waiting"))
-    settled = finished_attempts(attempts)
-    failed = {a.slot for a in attempts if a.state == TrialState.FAIL} - settled.keys()
+    settled, failed = finished_attempts(attempts), failed_attempts(attempts)
     row |= {
         "study": record.name,
         "state": "running" if is_owned(settings.storage, record.name) else attrs.get("state", "-"),

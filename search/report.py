@@ -30,7 +30,7 @@ from search.outbox import Outbox, progress_points, readable, run_name, unpack
 from search.outcome import Outcome, conclude, results, score, side
 from search.plan import Finished, Result, Slot
 from search.settings import Settings
-from search.storage import Attempt, StudyRecord, finished_attempts
+from search.storage import Attempt, StudyRecord, failed_attempts, finished_attempts
 from search.study import Choice, Published, Range, StudySpec
 
 if TYPE_CHECKING:
@@ -533,7 +533,7 @@ def paths(material: Material) -> list[Drawing]:
 def _boxes(material: Material) -> list[tuple[plan.StageInfo, plan.Box | None]]:
     """Each stage of the plan with its box."""
     settled = finished_attempts(material.attempts)
-    failed = {a.slot: a.params for a in material.attempts if a.state == TrialState.FAIL and a.slot not in settled}
+    failed = {slot: a.params for slot, a in failed_attempts(material.attempts).items()}
     finished = results(material.spec, settled.values(), failed)
     return list(zip(plan.stages(material.spec), plan.boxes(material.spec, finished), strict=True))
 

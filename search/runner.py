@@ -37,9 +37,11 @@ from search.plan import WORST, Params, Proposal, Slot
 from search.samplers import asker
 from search.settings import Settings
 from search.storage import (
+    LEFT,
     Attempt,
     StudyRecord,
     distribution,
+    failed_attempts,
     finished_attempts,
 )
 from search.study import Choice, Halving, Sampler, StudySpec
@@ -209,10 +211,8 @@ class Runner:
         attempts = record.attempts()
         self.settled: dict[Slot, Attempt] = finished_attempts(attempts)
         self.tries = Counter(a.slot for a in attempts)
-        failed = {a.slot for a in attempts if a.state == TrialState.FAIL} - self.settled.keys()
-        self.failed: dict[Slot, Params] = (
-            {} if retry_failed else {a.slot: a.params for a in attempts if a.slot in failed}
-        )
+        failed = failed_attempts(attempts)
+        self.failed: dict[Slot, Params] = {} if retry_failed else {slot: a.params for slot, a in failed.items()}
         noted = record.noted()
         uids = {f"{spec.name}/{a.slot}/{a.attempt}": a.trial_id for a in attempts}
         self.unnoted = {uid: trial_id for uid, trial_id in uids.items() if trial_id not in noted}
@@ -228,7 +228,7 @@ class Runner:
             if attempt.state == TrialState.RUNNING:
                 self._adopt(attempt)
         if retry_failed:
-            self.todo.extend(_again(a) for a in {a.slot: a for a in attempts if a.slot in failed}.values())
+            self.todo.extend(_again(a) for a in failed.values())
 
     # ---- what is to be done
 
@@ -405,17 +405,35 @@ class Runner:
         return trial
 
     def _adopt(self, attempt: Attempt) -> None:
-        """Take up a trial that was running when its runner died."""
+        """Take up a trial that was running when its runner died, or leave it to another attempt."""
         trial = self._prepare(_again(attempt), attempt.attempt, attempt.trial_id, attempt.number)
         if trial is None:
             return
         with suppress(OSError, ValueError):  # it may have died before its first slice was in
             trial.state, trial.progress = checkpoint.load(self._checkpoint(trial))
+        if self._is_elsewhere(trial):
+            self._leave(trial)
+            return
         self.box.put([self._trial_begun(trial)])
         self.record.add_curves({trial.trial_id: self._curve(trial.progress)})  # it may have died before this
         if trial.state.finished:
             self.box.put([self._ended(trial)])
         self._go_on(trial)
+
+    def _is_elsewhere(self, trial: Trial) -> bool:
+        """Whether another home trained it: it has points in the storage, of which this one's outbox knows nothing."""
+        return not (
+            trial.state.update
+            or self.box.records(trial.uid(self.spec.name), "trial_progress")
+            or not self.record.curve(trial.trial_id)
+        )
+
+    def _leave(self, trial: Trial) -> None:
+        """End an attempt whose checkpoint is elsewhere: the next one has an MLflow run of its own, with all points."""
+        uid, reason = trial.uid(self.spec.name), "its runner is gone, and its checkpoint with it"
+        ended = outbox.trial_ended(self.spec.name, uid, self.clock(), "KILLED", reason, {})
+        self.box.put([self._trial_begun(trial), ended])
+        self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason, LEFT: True})
 
     def _remember_rungs(self, rungs: Halving) -> None:
         """The scores at rungs of trials that are settled: the others are measured against them."""
@@ -580,11 +598,10 @@ class Runner:
             return {}
         return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values)}
 
-    def _fail(self, trial: Trial, reason: str, state: TrialState = TrialState.FAIL) -> None:
+    def _fail(self, trial: Trial, reason: str) -> None:
         """Settle a trial that could not be trained; `sieve retry` makes another attempt at its slot."""
-        status = "FAILED" if state == TrialState.FAIL else "KILLED"
         ended = outbox.trial_ended(
-            self.spec.name, trial.uid(self.spec.name), self.clock(), status, reason, self._results(trial)
+            self.spec.name, trial.uid(self.spec.name), self.clock(), "FAILED", reason, self._results(trial)
         )
         self.box.put([ended])
         self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason[-2000:]})

@@ -47,6 +47,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 PATIENCE = 600.0  # seconds that the owner of a study waits for a database that went away
 LOCK_SECONDS = 0.5  # somebody who only looks whether a study is owned holds its lock for a moment
 RETAKE_SECONDS = 30.0  # a lock may be held by our own dead connection until the server notices
+LEFT = "left"  # user attribute of an attempt whose slot gets another one without being asked
 SCHEMA = "schema of the database"  # what its lock is named after; no study can have this name
 
 P = ParamSpec("P")
@@ -556,3 +557,9 @@ def study_names(storage: RDBStorage) -> list[str]:
 def finished_attempts(attempts: Iterable[Attempt]) -> dict[Slot, Attempt]:
     """The one attempt that settled each slot that is done."""
     return {attempt.slot: attempt for attempt in attempts if attempt.done}
+
+
+def failed_attempts(attempts: Iterable[Attempt]) -> dict[Slot, Attempt]:
+    """The last attempt at each slot, if that failed and is for `sieve retry` alone to make again."""
+    last = {attempt.slot: attempt for attempt in attempts}
+    return {slot: a for slot, a in last.items() if a.state == TrialState.FAIL and LEFT not in a.attrs}

@@ -112,6 +112,25 @@ def test_who_is_frozen_goes_on_when_thawed(
 
 
 @pytest.mark.long
+def test_another_home_takes_a_study_over(new_home: Home, tmp_path: Path, calm: Calms, figures: Figures) -> None:
+    """What a dead home had begun is begun anew, under runs of their own: no point is lost, and none shown twice."""
+    settings, path = new_home("home"), study_file(tmp_path, **SIX)
+    runner = sieve(settings, "launch", path, "--workers", "2", slices=AN_EPOCH)
+    await_slices(settings, runner, 4)
+    runner.kill()
+    runner.communicate()
+    send(settings)
+    last = sieve(replace(settings, home=tmp_path / "other"), "launch", path, "--workers", "2", slices=AN_EPOCH)
+    said = finish(last)
+    assert last.returncode == 0, said
+    left = [t for t in trials(settings, "quick") if t.state.name == "FAIL"]
+    assert left
+    assert {t.user_attrs["reason"] for t in left} == {"its runner is gone, and its checkpoint with it"}
+    found = verdict(settings, "quick", calm(**SIX).results, settings.home / "mlflow.db")
+    figures("another home takes over", found, 1, also=f"{len(left)} trials were begun anew")
+
+
+@pytest.mark.long
 def test_everything_may_die_at_once(new_home: Home, tmp_path: Path, calm: Calms, figures: Figures) -> None:
     """Runner, workers and publisher are killed together, as in a power cut, three times."""
     settings, path = new_home("home"), study_file(tmp_path, **SIX)
