@@ -384,6 +384,11 @@ def run_name(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={_short(value)}" for name, value in readable(params).items())
 
 
+def spread(mean: float | None, deviation: float | None) -> str:
+    """A mean with its deviation, if it has one: "0.9686 ± 0.0092"."""
+    return "" if mean is None else f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+
 def readable(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters with layers that were searched one by one as a list, of those that the network has."""
     most = sum(name.startswith("hidden_sizes.units_") for name in params)

@@ -83,17 +83,14 @@ def study_note(
     shown: uid -> (experiment id, run id) of what is in MLflow by now. outcome: None while the study runs.
     """
 
-    def spread(mean: float, deviation: float | None) -> str:
-        return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
-
     parts = [spec.description]
     if outcome:
         chosen = outcome.chosen
         runs = "1 run" if chosen.n == 1 else f"{chosen.n} runs"
-        figures = f"**{spec.metric} {spread(chosen.mean, chosen.deviation)}** ({runs})"
+        figures = f"**{spec.metric} {outbox.spread(chosen.mean, chosen.deviation)}** ({runs})"
         parts.append(f"{figures}: {outbox.run_name(chosen.params)}")
         if outcome.test_accuracy:
-            parts.append(f"test_accuracy {spread(*outcome.test_accuracy)}, not used to choose")
+            parts.append(f"test_accuracy {outbox.spread(*outcome.test_accuracy)}, not used to choose")
         parts += outcome.border
     if spec.name in shown:
         experiment, run = shown[spec.name]
@@ -105,7 +102,11 @@ def study_note(
     if outcome:
         parts.append(
             outbox.markdown(
-                {"configuration": outbox.run_name(r.params), "runs": r.n, spec.metric: spread(r.mean, r.deviation)}
+                {
+                    "configuration": outbox.run_name(r.params),
+                    "runs": r.n,
+                    spec.metric: outbox.spread(r.mean, r.deviation),
+                }
                 for r in outcome.repeated[:NOTED]
             )
         )

@@ -26,7 +26,7 @@ from PIL.Image import Image
 
 from search import figures, plan
 from search.errors import StudyFailed
-from search.outbox import Outbox, progress_points, readable, run_name, unpack
+from search.outbox import Outbox, progress_points, readable, run_name, spread, unpack
 from search.outcome import Outcome, conclude, results, score, side
 from search.plan import Finished, Result, Slot
 from search.settings import Settings
@@ -323,10 +323,6 @@ def _four(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _spread(mean: float | None, deviation: float | None) -> str:
-    return _four(mean) if deviation is None else f"{_four(mean)} ± {_four(deviation)}"
-
-
 def _section(title: str, *inside: object) -> Html:
     shown = [part for part in inside if part]
     return _tag("section", _tag("h2", title), *shown) if shown else Html()
@@ -381,9 +377,9 @@ def _result(material: Material) -> Html:
         return _section("Result", _tag("p", "No trial has a result yet.", class_="warning"))
     chosen = outcome.chosen
     runs = "one run" if chosen.n == 1 else f"mean and deviation of {chosen.n} runs"
-    cards = [_card(spec.metric, _spread(chosen.mean, chosen.deviation), runs)]
+    cards = [_card(spec.metric, spread(chosen.mean, chosen.deviation), runs)]
     if outcome.test_accuracy:
-        cards.append(_card("test_accuracy", _spread(*outcome.test_accuracy), "not used to choose"))
+        cards.append(_card("test_accuracy", spread(*outcome.test_accuracy), "not used to choose"))
     cards += [_card(name, _number(value), "chosen") for name, value in readable(chosen.params).items()]
     warnings = [*outcome.border]
     if outcome.failed:
@@ -409,8 +405,8 @@ def _published(material: Material) -> Html:
         return [
             run_name(p.where) if p.where else p.label or "the study's choice",
             p.metric,
-            f"below {run_name(p.below)}" if p.below else _spread(p.value, p.deviation),
-            _spread(c.ours.mean, c.ours.deviation),
+            f"below {run_name(p.below)}" if p.below else spread(p.value, p.deviation),
+            spread(c.ours.mean, c.ours.deviation),
             Html(_tag("td", counted, class_="quiet")),
             "" if c.difference is None else f"{c.difference:+.4f}",
             "" if p.tolerance is None else f"{p.tolerance:g}",
@@ -453,8 +449,8 @@ def _name(material: Material, configuration: Result) -> str:
     first = configuration.slots[0]
     stage = next(a.attrs["stage"] for a in material.attempts if a.slot == first)
     runs = f" · {configuration.n} runs" if configuration.n > 1 else ""
-    spread = _spread(mean, configuration.deviation)
-    return f"{run_name(configuration.params)} · {stage}{runs} · {material.spec.metric} {spread}"
+    found = spread(mean, configuration.deviation)
+    return f"{run_name(configuration.params)} · {stage}{runs} · {material.spec.metric} {found}"
 
 
 def curves(material: Material) -> list[Drawing]:
@@ -612,9 +608,9 @@ def _repeated(material: Material) -> Html:
     def row(group: Result) -> list[object]:
         runs = [by_slot[slot] for slot in group.slots]
         tests = [a.attrs["test_accuracy"] for a in runs if "test_accuracy" in a.attrs]
-        test = _spread(statistics.fmean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else ""
+        test = spread(statistics.fmean(tests), statistics.stdev(tests) if len(tests) > 1 else None) if tests else ""
         mark = _tag("span", "chosen", class_="chosen") if chosen & set(group.slots) else ""
-        mean = _spread(group.mean, group.deviation)
+        mean = spread(group.mean, group.deviation)
         params = [group.params[name] for name in spec.dimensions]
         return [runs[0].attrs["stage"], *params, group.n, mean, test, mark]
 

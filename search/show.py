@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from search.outbox import run_name
+from search.outbox import run_name, spread
 from search.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 5.0  # between lines when nobody watches a terminal
 PLAIN_WIDTH = 200  # of tables then, so that no word is broken
-SHOWN = 8  # best trials in the table
+SHOWN = 8  # rows of a table
 
 
 class Display:
@@ -94,11 +94,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def spread(mean: float, deviation: float | None) -> str:
-    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
-
-
 def show_outcome(outcome: "Outcome") -> None:
+    if outcome.repeated:
+        title = f"configurations of {outcome.study} with several runs, best mean first"
+        means = [[run_name(r.params), str(r.n), spread(r.mean, r.deviation)] for r in outcome.repeated[:SHOWN]]
+        show_table(title, ["parameters", "runs", outcome.metric], means)
+        print()
     rows = [
         [
             attempt.attrs["stage"],
@@ -109,9 +110,8 @@ def show_outcome(outcome: "Outcome") -> None:
         ]
         for attempt in outcome.table[:SHOWN]
     ]
-    show_table(
-        f"best trials of {outcome.study}", ["stage", "slot", "parameters", outcome.metric, "test_accuracy"], rows
-    )
+    columns = ["stage", "slot", "parameters", outcome.metric, "test_accuracy"]
+    show_table(f"best single trials of {outcome.study}", columns, rows)
     console, chosen = Console(soft_wrap=True, highlight=False, markup=False), outcome.chosen
     console.print(f"chosen: {run_name(chosen.params)}")
     runs = "1 run" if chosen.n == 1 else f"mean and deviation of {chosen.n} runs"
