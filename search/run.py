@@ -91,7 +91,7 @@ def launch(
             outcome = conclude(record)
             record.set_attr("chosen", outcome.chosen.params)
             page = _page(report, record, settings, warn) if report else None
-            box.put([_ended(outcome, page)])
+            box.put([_ended(outcome, page, runner.clock())])
         runner.write_notes()
         record.note(study_note(spec, outcome.stages, box.links(spec.name), settings, outcome))
         return replace(outcome, unsent=box.unsent(spec.name))
@@ -110,7 +110,7 @@ def _page(
         return None
 
 
-def _ended(outcome: Outcome, page: bytes | None) -> Record:
+def _ended(outcome: Outcome, page: bytes | None, when: float) -> Record:
     """What MLflow is to show of a study's end: the summary run, and means and deviations on repeated runs."""
     uids = {a.slot: f"{outcome.study}/{a.slot}/{a.attempt}" for a in outcome.table}
     repeated = {
@@ -119,7 +119,7 @@ def _ended(outcome: Outcome, page: bytes | None) -> Record:
         for slot in result.slots
     }
     best = [uids[a.slot] for a in outcome.table[:BEST]]
-    return outbox.study_ended(outcome.study, time.time(), summary(outcome), page, best=best, repeated=repeated)
+    return outbox.study_ended(outcome.study, when, summary(outcome), page, best=best, repeated=repeated)
 
 
 @contextmanager
