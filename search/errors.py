@@ -7,6 +7,7 @@ SieveError                     exit 1
 ├── StudyBusy                  exit 2    another runner owns the study
 ├── DataError                  exit 2    a dataset that is missing, damaged or not what it says it is
 ├── SettingsError              exit 2    an environment variable that cannot be meant
+├── WorkersLost                exit 1    no worker process begins; what is stored is safe
 ├── StorageLost                exit 1    the database does not answer; what it holds is safe
 ├── DiskError                  exit 1    a full disk, or a file of ours that is damaged or may not be written
 ├── StudyFailed                exit 1    the study ended without a result
@@ -94,6 +95,10 @@ class SettingsError(SieveError):
 
 class StorageLost(SieveError):
     """The database does not answer; nothing that it holds is lost, and `sieve launch` goes on from there."""
+
+
+class WorkersLost(SieveError):
+    """No worker process begins; nothing that is stored is lost, and `sieve launch` goes on from there."""
 
 
 class DiskError(SieveError):

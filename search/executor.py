@@ -5,6 +5,7 @@ a Dask cluster, workers come, go and die as they like; each host has its own cop
 """
 
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.data import Dataset
 from core.train import Progress, State, advance
-from search.errors import DataError, SettingsError
+from search.errors import DataError, SettingsError, WorkersLost
 from search.failpoint import failpoint
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ LOST = (BrokenExecutor, CancelledError)
 
 RECOUNT_SECONDS = 1.0  # between questions how many workers there are
 CONNECT_SECONDS = 5.0
-MOST_STARTS = 3
+MOST_STARTS = 20  # of one worker, in a row
+START_SECONDS = 0.2  # between them
 
 Slice = tuple[list[State], list[Progress], float]  # what a worker gives back, and the seconds that it took
 Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -60,11 +62,19 @@ def _serve_slices(pipe: connection.Connection) -> None:
         while True:
             fn, args, kwargs = pipe.recv()
             try:
-                answer: tuple[Any, Exception | None] = fn(*args, **kwargs), None
+                pipe.send((fn(*args, **kwargs), None))
             except Exception as error:
-                error.add_note("In the worker:\n" + "".join(traceback.format_tb(error.__traceback__)))
-                answer = None, error
-            pipe.send(answer)
+                pipe.send((None, _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with its place in the worker, as itself if it survives the way and in words if not."""
+    error.add_note("In the worker:\n" + "".join(traceback.format_tb(error.__traceback__)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
 
 
 def _follow_parent() -> None:
@@ -82,7 +92,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        """Raises BrokenExecutor if it dies before it has begun; then it did not die of its work."""
+        """Raises BrokenExecutor if it dies before it has begun, OSError if there can be none."""
         self._pipe, theirs = Pipe()
         self._process = get_context("spawn").Process(target=_serve_slices, args=(theirs,))
         self._process.start()
@@ -115,6 +125,7 @@ class Worker:
         self._process.kill()
 
     def _fate(self) -> str:
+        self._process.join(1)  # its own exit code, if it is on its way out
         self.kill()
         self.end()
         return f"worker {self._process.pid} ended with exit code {self._process.exitcode}"
@@ -141,7 +152,7 @@ class LocalExecutor(Executor):
         resource_tracker.ensure_running()  # which would let them through again
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         worker: Worker | None = None
-        while (task := self._tasks.get()) is not None and not self._ending:
+        while (task := self._tasks.get()) is not None:
             future, fn, args, kwargs = task
             if not future.set_running_or_notify_cancel():
                 continue
@@ -158,12 +169,17 @@ class LocalExecutor(Executor):
             worker.end()
 
     def _new_worker(self) -> Worker:
+        """A worker that has begun: what keeps it from that is not its work's fault. Raises WorkersLost."""
+        problem: Exception | None = None
         for _ in range(MOST_STARTS):
-            with suppress(BrokenExecutor):
-                return Worker()
             if self._ending:
-                break
-        raise BrokenExecutor("no worker begins")
+                raise BrokenExecutor("the workers were ended")
+            try:
+                return Worker()
+            except (BrokenExecutor, OSError) as error:
+                problem = error
+                time.sleep(START_SECONDS)
+        raise WorkersLost(f"no worker process begins: {problem}; nothing is lost: mend that and launch the study again")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the workers; with `cancel_futures`, at once and in the middle of their slices."""

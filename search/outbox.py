@@ -41,6 +41,8 @@ CREATE INDEX IF NOT EXISTS open_records ON records (study, id) WHERE state = 'un
 CREATE TABLE IF NOT EXISTS runs (
     uid TEXT PRIMARY KEY, study TEXT NOT NULL, experiment_id TEXT NOT NULL, run_id TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS home (id TEXT NOT NULL);
+INSERT INTO home SELECT lower(hex(randomblob(8))) WHERE NOT EXISTS (SELECT * FROM home);
 """
 COLUMNS = "kind, study, uid, seq, time, payload, blob, id"
 
@@ -83,9 +85,10 @@ class Outbox:
                 f"{path}: written by a newer Sieve (layout {version}, this one knows {VERSION}): "
                 "install that one, or set SIEVE_HOME to another folder"
             )
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone():
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'home'").fetchone():
             self._db.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (self.home,) = self._db.execute("SELECT id FROM home").fetchone()  # tells this home from others
 
     def _use_wal(self) -> None:
         # When two processes create the file at once, SQLite answers "locked" whatever the timeout.

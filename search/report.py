@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,7 @@ from search.outbox import Outbox, progress_points, readable, run_name, spread, u
 from search.outcome import Outcome, conclude, results, score, side
 from search.plan import Finished, Result, Slot
 from search.settings import Settings
-from search.storage import Attempt, StudyRecord, failed_attempts, finished_attempts
+from search.storage import LEFT, Attempt, StudyRecord, failed_attempts, finished_attempts
 from search.study import Choice, Published, Range, StudySpec
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def trials_csv(material: Material) -> str:
 
 
 def _status(attempt: Attempt) -> str:
-    return STATES.get(attempt.state, attempt.state.name.lower())
+    return "left" if LEFT in attempt.attrs else STATES.get(attempt.state, attempt.state.name.lower())
 
 
 def _reason(attempt: Attempt) -> str:
@@ -359,8 +360,8 @@ def page(material: Material) -> str:
 
 def _header(material: Material) -> Html:
     spec, attempts = material.spec, material.attempts
-    counts = {word: sum(_status(a) == word for a in attempts) for word in ("complete", "stopped", "failed", "running")}
-    words = [f"{n} {word}" for word, n in counts.items() if n]
+    counts = Counter(_status(a) for a in attempts)
+    words = [f"{counts[word]} {word}" for word in ("complete", "stopped", "failed", "left", "running") if counts[word]]
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(material.written))
     line = f"{spec.search.method} over {', '.join(spec.dimensions)} · {len(attempts)} trials"
     return _tag(

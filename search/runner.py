@@ -28,7 +28,7 @@ from core.data import Dataset
 from core.train import Progress, State, TrainConfig, may_share, start
 from search import __version__, checkpoint, outbox, plan, prune
 from search.datasets import open_dataset
-from search.errors import DataError, StudyFailed
+from search.errors import DataError, StudyFailed, WorkersLost
 from search.executor import LOST, Slice, advance_elsewhere, advance_here
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
@@ -216,6 +216,7 @@ class Runner:
         noted = record.noted()
         uids = {f"{spec.name}/{a.slot}/{a.attempt}": a.trial_id for a in attempts}
         self.unnoted = {uid: trial_id for uid, trial_id in uids.items() if trial_id not in noted}
+        self.left = {f"{spec.name}/{a.slot}/{a.attempt}" for a in attempts if LEFT in a.attrs}
         self.best = next(iter(best_first(spec, self.settled.values())), None)
         self.states = Counter(a.state for a in self.settled.values())
         self.planned = sum(stage.trials for stage in plan.stages(spec))
@@ -224,6 +225,7 @@ class Runner:
         self.before = len(self.settled) + len(self.failed)  # done by earlier launches
         if self.rungs:
             self._remember_rungs(self.rungs)
+        self.todo.extend(_again(a) for a in failed_attempts(attempts, left=True).values())
         for attempt in attempts:
             if attempt.state == TrialState.RUNNING:
                 self._adopt(attempt)
@@ -411,8 +413,8 @@ class Runner:
             return
         with suppress(OSError, ValueError):  # it may have died before its first slice was in
             trial.state, trial.progress = checkpoint.load(self._checkpoint(trial))
-        if self._is_elsewhere(trial):
-            self._leave(trial)
+        if not trial.state.update and self.record.attrs.get("home", self.box.home) != self.box.home:
+            self._leave(attempt, trial)
             return
         self.box.put([self._trial_begun(trial)])
         self.record.add_curves({trial.trial_id: self._curve(trial.progress)})  # it may have died before this
@@ -420,20 +422,18 @@ class Runner:
             self.box.put([self._ended(trial)])
         self._go_on(trial)
 
-    def _is_elsewhere(self, trial: Trial) -> bool:
-        """Whether another home trained it: it has points in the storage, of which this one's outbox knows nothing."""
-        return not (
-            trial.state.update
-            or self.box.records(trial.uid(self.spec.name), "trial_progress")
-            or not self.record.curve(trial.trial_id)
-        )
+    def _leave(self, attempt: Attempt, trial: Trial) -> None:
+        """End an attempt whose checkpoint is in another home.
 
-    def _leave(self, trial: Trial) -> None:
-        """End an attempt whose checkpoint is elsewhere: the next one has an MLflow run of its own, with all points."""
+        That home may have sent points of it, so the next attempt has a run of its own in MLflow, with all points.
+        """
         uid, reason = trial.uid(self.spec.name), "its runner is gone, and its checkpoint with it"
         ended = outbox.trial_ended(self.spec.name, uid, self.clock(), "KILLED", reason, {})
         self.box.put([self._trial_begun(trial), ended])
         self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason, LEFT: True})
+        self.unnoted[uid] = trial.trial_id
+        self.left.add(uid)
+        self.todo.append(_again(attempt))
 
     def _remember_rungs(self, rungs: Halving) -> None:
         """The scores at rungs of trials that are settled: the others are measured against them."""
@@ -456,7 +456,7 @@ class Runner:
         trials = flight.trials
         try:
             states, progress, seconds = future.result()
-        except DataError:  # of this machine's copy, not of the trial: nothing is settled
+        except (DataError, WorkersLost):  # of this machine, not of the trial: nothing is settled
             raise
         except LOST as error:
             died = isinstance(error, BrokenExecutor)  # else the engine lost all its work, whoever's it was
@@ -651,6 +651,7 @@ class Runner:
             optuna_study_id=self.record.study_id,
         )
         self.box.put([begun])
+        self.record.set_attr("home", self.box.home)
         self.record.set_attr("versions", versions())
         if note := prune.note(self.spec):
             self.record.set_attr("pruning", note)
@@ -740,7 +741,7 @@ class Runner:
             _, slot, attempt = uid.rsplit("/", 2)
             address = run_link(self.settings, *shown[uid])
             note = f"Slot **{slot}**, attempt {attempt}: [curves, images and weights in MLflow]({address})\n\n"
-            if Slot.parse(slot) in self.failed:
+            if Slot.parse(slot) in self.failed or uid in self.left:
                 note += "It failed; its user attribute `reason` says why.\n"
             else:
                 note += f"![first layer](/artifacts/{self.record.study_id}/{trial_id}/{artifact_id(uid)})\n"

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from search import run
-from search.errors import Interrupted, SettingsError, SieveError, StorageLost, StudyBusy
+from search.errors import Interrupted, SettingsError, SieveError, StorageLost, StudyBusy, WorkersLost
 from search.outbox import Outbox
 from search.outcome import open_study, standing
 from search.runner import Runner, Status
@@ -64,7 +64,7 @@ class Service:
                 self.storage = self.storage or open_storage(self.settings.storage)
                 ran = any(self._run(name) for name in waiting(self.storage))
                 self.trouble = ""
-            except (StorageLost, SettingsError) as error:  # a database or a scheduler that is down
+            except (StorageLost, SettingsError, WorkersLost) as error:  # a database or a scheduler that is down
                 ran = False
                 self._say_once(f"{error}; trying again")
             if not ran:
@@ -72,7 +72,7 @@ class Service:
                 self.stopping.wait(POLL_SECONDS)
 
     def _run(self, study: str) -> bool:
-        """Whether this study was ours to run. Raises StorageLost or SettingsError if it must be tried again."""
+        """Whether this study was ours to run. Raises what `serve` waits for."""
         if self.stopping.is_set():
             return False
         try:
@@ -87,20 +87,23 @@ class Service:
             self.say(f"study '{study}' is left to the next service" if self.stopping.is_set() else str(error))
         except (StorageLost, SettingsError):
             raise
+        except WorkersLost:
+            self._mark(study, state="queued")
+            raise
         except Exception as error:
             text = str(error) if isinstance(error, SieveError) else traceback.format_exc()
             self.say(f"study '{study}' failed: {text}")
-            self._fail(study, text)
+            self._mark(study, problem=text[-2000:], state="failed")
         finally:
             self.runner = None
         return True
 
-    def _fail(self, study: str, problem: str) -> None:
+    def _mark(self, study: str, **attrs: str) -> None:
         assert self.storage is not None
         with suppress(StudyBusy), owned(self.settings.storage, study) as still_owned:  # else another one tries it now
             record = StudyRecord(self.storage, study, still_owned)
-            record.set_attr("problem", problem[-2000:])
-            record.set_attr("state", "failed")
+            for key, value in attrs.items():
+                record.set_attr(key, value)
 
     def _started(self, runner: Runner) -> None:
         self.runner = runner

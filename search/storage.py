@@ -559,7 +559,7 @@ def finished_attempts(attempts: Iterable[Attempt]) -> dict[Slot, Attempt]:
     return {attempt.slot: attempt for attempt in attempts if attempt.done}
 
 
-def failed_attempts(attempts: Iterable[Attempt]) -> dict[Slot, Attempt]:
-    """The last attempt at each slot, if that failed and is for `sieve retry` alone to make again."""
+def failed_attempts(attempts: Iterable[Attempt], *, left: bool = False) -> dict[Slot, Attempt]:
+    """The last attempt at each slot, if that failed (or was left): `sieve retry` makes another one."""
     last = {attempt.slot: attempt for attempt in attempts}
-    return {slot: a for slot, a in last.items() if a.state == TrialState.FAIL and LEFT not in a.attrs}
+    return {slot: a for slot, a in last.items() if a.state == TrialState.FAIL and (LEFT in a.attrs) == left}

@@ -2,6 +2,8 @@
 
 import os
 import random
+import resource
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
@@ -10,6 +12,7 @@ from multiprocessing import active_children
 import numpy as np
 import pytest
 
+from search.errors import WorkersLost
 from search.executor import LocalExecutor
 
 
@@ -53,7 +56,24 @@ def test_what_work_raises_comes_back_with_its_place(executor: LocalExecutor) -> 
     with pytest.raises(ZeroDivisionError) as raised:
         executor.submit(divmod, 1, 0).result(timeout=20)
     assert "executor.py" in raised.value.__notes__[0]
+    with pytest.raises(TypeError, match="cannot pickle"):
+        executor.submit(threading.Lock).result(timeout=20)
     assert executor.submit(os.getpid).result(timeout=20) == process
+
+
+def test_where_no_process_can_begin_nobody_is_to_blame(executor: LocalExecutor) -> None:
+    """Without file descriptors for a worker the task says so, and the next one gets through once there are some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert executor.submit(sum, (1, 2)).result(timeout=20) == 3
+    with pytest.raises(BrokenExecutor):
+        executor.submit(os._exit, 7).result(timeout=20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(WorkersLost, match="Too many open files"):
+            executor.submit(sum, (1, 2)).result(timeout=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert executor.submit(sum, (1, 2)).result(timeout=20) == 3
 
 
 def test_an_end_at_once_waits_for_nobody() -> None:

@@ -269,12 +269,14 @@ def test_a_damaged_checkpoint_costs_its_slices_alone(
 def test_the_clock_may_jump(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures) -> None:
     """With the clock of every process an hour off now and then, nothing is late, and times of a run only grow."""
     shift = tmp_path / "shift"
-    shift.write_text("+0")
-    runner = sieve(
-        settings, "launch", study_file(tmp_path, **SIX), *QUIETLY, slices=AN_EPOCH,
-        LD_PRELOAD=str(FAKETIME), FAKETIME_TIMESTAMP_FILE=str(shift), FAKETIME_NO_CACHE="1",
-        FAKETIME_DONT_FAKE_MONOTONIC="1", NO_FAKE_STAT="1",
-    )  # fmt: skip
+    shift.write_text("+1h")
+    jumping = {
+        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(shift), "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1",
+    }  # fmt: skip
+    shown = subprocess.run(["date", "+%s"], env=os.environ | jumping, capture_output=True, check=True)
+    assert abs(int(shown.stdout) - time.time() - 3600) < 60
+    runner = sieve(settings, "launch", study_file(tmp_path, **SIX), *QUIETLY, slices=AN_EPOCH, **jumping)
     jumps = itertools.cycle(("+1h", "-1h", "+0"))
     while runner.poll() is None:
         (tmp_path / "next").write_text(next(jumps))
