@@ -48,6 +48,7 @@ def test_a_cluster_gives_the_same_values(home: Home, cluster: Cluster, quick: Sp
     assert values(home("dask")) == values(home("local"))
 
 
+@pytest.mark.fault
 def test_workers_may_die_and_come(home: Home, cluster: Cluster, quick: Spec, figures: Callable[..., None]) -> None:
     """One worker is killed in its slice, a whole host is, and another joins: the values stay undisturbed."""
     spec = quick(**slow(base={"batch_size": 5, "epochs": 50, "hidden_sizes": [60]}))
@@ -70,6 +71,7 @@ def test_workers_may_die_and_come(home: Home, cluster: Cluster, quick: Spec, fig
     figures("Dask: a worker and a host killed, one joins", verdict(settings, "quick", results(home("local"), "quick")))
 
 
+@pytest.mark.fault
 def test_a_study_waits_for_workers_and_for_its_scheduler(
     home: Home, cluster: Cluster, quick: Spec, figures: Callable[..., None]
 ) -> None:
@@ -99,6 +101,7 @@ def test_a_study_waits_for_workers_and_for_its_scheduler(
     figures("Dask: scheduler killed", verdict(settings, "quick", results(home("local"), "quick")))
 
 
+@pytest.mark.fault
 def test_a_slot_that_kills_three_workers_fails_alone(
     home: Home, cluster: Cluster, quick: Spec, figures: Callable[..., None]
 ) -> None:
