@@ -1,4 +1,4 @@
-"""The study file: what it may say, and one clear line for each mistake in it. The only place with YAML and pydantic.
+"""The study file: what it may say, and one clear line for each mistake in it. The only place with pydantic.
 
     name: my-study
     dataset: digits
@@ -24,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -42,17 +41,14 @@ from pydantic_core import PydanticCustomError
 from core.data import BATCHES, READERS
 from core.train import Evaluation, TrainConfig
 from search.errors import StudyFileError
+from search.strict_yaml import MOST_BYTES, Mistake, Place, parse, short
 
 # Methods that ask a sampler of Optuna, and the function that makes one from a seed.
 SAMPLERS = {"tpe": "search.samplers:tpe", "gp": "search.samplers:gp", "cmaes": "search.samplers:cmaes"}
 
 Scalar = bool | int | float | str
-Place = tuple[str | int, ...]  # where in the file: ("space", "lambda", "low")
-Mistake = tuple[Place, str]
 
 MOST_TRIALS = 100_000
-MOST_BYTES = 1 << 20
-MOST_LEVELS = 20
 _NAME = "[a-z0-9][a-z0-9._-]{0,99}"
 
 # The settings of one training run under the names of files and UIs, with their types.
@@ -102,7 +98,7 @@ def _that(holds: Callable[[Any], bool], expected: str) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if not holds(value):
-            raise ValueError(f"expected {expected}, got {_short(value)}")
+            raise ValueError(f"expected {expected}, got {short(value)}")
         return value
 
     return BeforeValidator(check)
@@ -132,7 +128,7 @@ def _value(name: str, value: Any) -> Any:
     if name == "hidden_sizes":
         value = _sizes(value)
     elif FIELDS[name] is bool and not isinstance(value, bool):
-        raise ValueError(f"expected true or false, got {_short(value)}")
+        raise ValueError(f"expected true or false, got {short(value)}")
     if name == "epochs" and value is None:
         return None
     beside = {"momentum": 0.5, "eta": 1e300}  # whatever else this setting needs; `_clashes` looks at the whole
@@ -149,7 +145,7 @@ def _sizes(value: Any) -> list[Any]:
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list):
-        raise ValueError(f"expected a list of layer sizes such as [75, 150], got {_short(value)}")
+        raise ValueError(f"expected a list of layer sizes such as [75, 150], got {short(value)}")
     return value
 
 
@@ -164,7 +160,7 @@ def _scalar(name: str, value: Any) -> Scalar:
 def _mapping(convert: Callable[[str, Any], Any]) -> BeforeValidator:
     def check(raw: Any) -> dict[str, Any]:
         if not isinstance(raw, Mapping):
-            raise ValueError(f"expected a mapping of training settings, got {_short(raw)}")
+            raise ValueError(f"expected a mapping of training settings, got {short(raw)}")
         return _each(raw, convert)
 
     return BeforeValidator(check)
@@ -206,7 +202,7 @@ class Choice(_Model):
     def _misfits(self) -> Iterator[Mistake]:
         for i, choice in enumerate(self.choices):
             if choice in self.choices[:i]:
-                yield ("choices", i), f"{_short(choice)} is given twice"
+                yield ("choices", i), f"{short(choice)} is given twice"
 
 
 Ends = Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -255,7 +251,7 @@ def _entry(name: str, given: Any) -> Entry:
         given = {"choices": given}
     if not isinstance(given, Mapping):
         expected = "{low: ..., high: ...} or a list of choices"
-        raise ValueError(f"expected {expected}, got {_short(given)}; a fixed value belongs under base")
+        raise ValueError(f"expected {expected}, got {short(given)}; a fixed value belongs under base")
     if isinstance(given.get("choices"), list):
         scalars = _each({("choices", i): v for i, v in enumerate(given["choices"])}, lambda _, v: _scalar(name, v))
         return Choice.model_validate({**given, "choices": list(scalars.values())})
@@ -280,7 +276,7 @@ def _amount(value: Any) -> bool:
 def _dataset(value: Any) -> Any:
     names = ["digits", *READERS]
     if value not in names:
-        raise ValueError(f"expected one of {', '.join(names)}, got {_short(value)}")
+        raise ValueError(f"expected one of {', '.join(names)}, got {short(value)}")
     return value
 
 
@@ -327,17 +323,17 @@ class DatasetSpec(_Model):
         if self.name not in ("digits", "cifar10") and self.path is None:
             yield ("path",), f"required, but not given: the {self.name} file"
         if self.name == "digits" and self.path is not None:
-            yield ("path",), f"expected none, the digits come with Sieve; got {_short(self.path)}"
+            yield ("path",), f"expected none, the digits come with Sieve; got {short(self.path)}"
         train = self.train if isinstance(self.train, list) else []
         held = [self.validation] if isinstance(self.validation, str) else []
         for part, batches in (("train", train), ("validation", held)):
             for batch in batches:
                 if self.name != "cifar10":
-                    yield (part,), f"{self.name} has no batches, got {_short(batch)}"
+                    yield (part,), f"{self.name} has no batches, got {short(batch)}"
                 elif batch not in BATCHES[:5]:
-                    yield (part,), f"expected data_batch_1 to data_batch_5, got {_short(batch)}"
+                    yield (part,), f"expected data_batch_1 to data_batch_5, got {short(batch)}"
         if len(set(train)) < len(train):
-            yield ("train",), f"expected each batch once, got {_short(train)}"
+            yield ("train",), f"expected each batch once, got {short(train)}"
         if set(held) & set(train):
             yield ("validation",), f"{self.validation} is trained on; choose another batch"
 
@@ -843,7 +839,7 @@ def difference(stored: StudySpec, given: StudySpec) -> list[str]:
     leaves = [dict(_leaves((), s.model_dump(mode="json", exclude=set(s.SECONDARY)))) for s in (stored, given)]
 
     def said(path: Place) -> str:
-        a, b = (_short(own[path]) if path in own else "nothing" for own in leaves)
+        a, b = (short(own[path]) if path in own else "nothing" for own in leaves)
         return f"{_dotted(path)}: {a} as stored, {b} as given"
 
     paths = sorted(leaves[0].keys() | leaves[1].keys(), key=lambda path: [str(part) for part in path])
@@ -878,10 +874,10 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> StudySpec:
 
 def loads(text: str, source: str = "study", overrides: Sequence[str] = ()) -> StudySpec:
     """The study in a YAML text; `source` begins each line of a mistake. Raises StudyFileError."""
-    data, mistakes = _parse(text.removeprefix("\ufeff"))
+    data, mistakes = parse(text.removeprefix("\ufeff"))
     lines = [_line(source, path, text) for path, text in mistakes]
     if data is not None and not isinstance(data, dict):
-        lines.append(_line(source, (), f"expected a mapping such as name: my-study, got {_short(data)}"))
+        lines.append(_line(source, (), f"expected a mapping such as name: my-study, got {short(data)}"))
     if lines:
         raise StudyFileError(lines)
     data, changed = data or {}, list[Place]()
@@ -906,7 +902,7 @@ def restore(stored: Mapping[str, Any], source: str | None = None) -> StudySpec:
     try:
         return StudySpec.model_validate(dict(stored))
     except ValidationError as error:
-        source = source or f"stored study {_short(stored.get('name'))}"
+        source = source or f"stored study {short(stored.get('name'))}"
         raise StudyFileError([_line(source, path, text) for path, text in _mistakes(error)]) from None
 
 
@@ -915,8 +911,8 @@ def _set(data: dict[str, Any], override: str) -> Place:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise ValueError(f"expected path=value such as search.trials=8, got {_short(override)}")
-    value, mistakes = _parse(text)
+        raise ValueError(f"expected path=value such as search.trials=8, got {short(override)}")
+    value, mistakes = parse(text)
     if mistakes:
         raise ValueError(f"{dotted}: {mistakes[0][1]}")
     if keys[0] == "dataset" and isinstance(data.get("dataset"), str):
@@ -934,7 +930,7 @@ def _set(data: dict[str, Any], override: str) -> Place:
             if not last and place.get(key) is None:
                 place[key] = {}
         else:
-            raise ValueError(f"{dotted}: {_dotted(path)} is {_short(place)} and holds no {key!r}")
+            raise ValueError(f"{dotted}: {_dotted(path)} is {short(place)} and holds no {key!r}")
         path = (*path, step)
         if not last:
             place = place[step]
@@ -943,83 +939,6 @@ def _set(data: dict[str, Any], override: str) -> Place:
         else:
             place[step] = value
     return path
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers and words of version 1.2, and nothing that refers, repeats or runs."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own name for its table)
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "aliases (& and *) are not allowed", event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "tags (!) are not allowed", event.start_mark)
-        if self.depth >= MOST_LEVELS:
-            raise yaml.composer.ComposerError(None, None, f"more than {MOST_LEVELS} levels", event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        [*"-+.0123456789"],
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first)
-
-
-def _parse(text: str) -> tuple[Any, list[Mistake]]:
-    """Plain dicts, lists and scalars of a YAML text, and what is wrong with it."""
-    if len(text.encode("utf-8", errors="replace")) > MOST_BYTES:
-        return None, [((), "expected a study file of at most 1 MiB")]
-    try:
-        node = _Loader(text).get_single_node()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = ": ".join(part for part in (error.context, error.problem) if part)
-        if "\\t" in problem:
-            problem = "a tab; indent with spaces"
-        return None, [((), f"line {mark.line + 1}: {problem}" if mark else problem)]
-    except yaml.reader.ReaderError as error:
-        return None, [((), f"character {error.character:#x} at {error.position} is not allowed in YAML")]
-    mistakes: list[Mistake] = []
-    return (None if node is None else _plain((), node, mistakes)), mistakes
-
-
-def _plain(path: Place, node: yaml.Node, mistakes: list[Mistake]) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain((*path, i), child, mistakes) for i, child in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
-        for key_node, child in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith((":str", ":int", ":float")):
-                mistakes.append((path, f"line {line}: expected a word as key"))
-                continue
-            key = key_node.value
-            if key in found:
-                mistakes.append(((*path, key), f"given twice, again in line {line}"))
-            found[key] = _plain((*path, key), child, mistakes)
-        return found
-    kind, text = node.tag.rpartition(":")[2], node.value
-    if kind == "int":
-        number = int(text, 0 if text[:2] in ("0o", "0x") else 10) if len(text) < 20 else 1 << 63
-        if abs(number) >= 1 << 63:
-            mistakes.append((path, f"expected a number below 2^63, got {_short(text)}"))
-        return number
-    if kind == "float":
-        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    return {"null": None, "bool": text.lower() == "true"}.get(kind, text)
 
 
 # --- mistakes in words -------------------------------------------------------------------------------------------
@@ -1043,16 +962,16 @@ def _mistakes(error: ValueError) -> list[Mistake]:
         elif e["type"] == "extra_forbidden":
             found.append((path, _unknown(str(path[-1]), _section(loc[:-1], error.title).model_fields)))
         elif e["type"] in _NO_MAPPING and loc in _EXAMPLES and not isinstance(e["input"], Mapping):
-            found.append((path, f"expected a mapping such as {_EXAMPLES[loc]}, got {_short(e['input'])}"))
+            found.append((path, f"expected a mapping such as {_EXAMPLES[loc]}, got {short(e['input'])}"))
         elif e["type"] == "union_tag_not_found":
             found.append(((*path, "method"), "required, but not given"))
         elif e["type"] == "union_tag_invalid":
             expected = ctx["expected_tags"].replace("'sampler'", ", ".join(map(repr, SAMPLERS)))
-            found.append(((*path, "method"), f"expected {expected}, got {_short(ctx['tag'])}"))
+            found.append(((*path, "method"), f"expected {expected}, got {short(ctx['tag'])}"))
         elif e["type"] == "missing":
             found.append((path, "required, but not given"))
         elif e["type"] in _EXPECTED:
-            found.append((path, f"expected {_EXPECTED[e['type']].format(**ctx)}, got {_short(e['input'])}"))
+            found.append((path, f"expected {_EXPECTED[e['type']].format(**ctx)}, got {short(e['input'])}"))
         else:
             found.append((path, e["msg"]))
     return found
@@ -1115,13 +1034,7 @@ def _listed(names: Any) -> str:
 
 
 def _dotted(path: Place) -> str:
-    return ".".join(str(part) if re.fullmatch(r"[\w. -]+", str(part)) else _short(part) for part in path)
-
-
-def _short(value: Any) -> str:
-    """The value in one short line."""
-    text = json.dumps(value) if isinstance(value, bool | None) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return ".".join(str(part) if re.fullmatch(r"[\w. -]+", str(part)) else short(part) for part in path)
 
 
 def _line(source: str, path: Place, text: str) -> str:

@@ -731,6 +731,7 @@ def test_errors_survive_pickling_and_know_their_exit_code() -> None:
         errors.DiskError("f.db", "disk full"): (1, "f.db: disk full; nothing that was stored is lost"),
         errors.StudyFailed("x"): (1, "x"),
         errors.StorageLost("x"): (1, "x"),
+        errors.WorkersLost("x"): (1, "x"),
         errors.Interrupted("x"): (130, "x"),
     }
     assert {type(error) for error in family} == set(errors.SieveError.__subclasses__())
