@@ -6,7 +6,6 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core.train import advance
-from search import outbox, plan
+from search import COMMAND, outbox, plan
 from search.datasets import open_dataset
 from search.errors import Interrupted, StudyFileError, UnknownStudy
 from search.executor import open_executor
@@ -139,7 +138,7 @@ def publishing(box: Outbox, study: str, settings: Settings, in_a_hurry: Callable
     Leaving waits for it to send the rest of the study, as long as it gets on, and then ends it: what is
     not sent stays in the outbox, and being cut short does no harm. Who is in a hurry waits a second.
     """
-    command = [sys.executable, "-c", "from search.cli import app; app()", "sync", "--follow", str(os.getpid())]
+    command = [*COMMAND, "sync", "--follow", str(os.getpid())]
     addresses = {"SIEVE_HOME": str(settings.home), "MLFLOW_TRACKING_URI": settings.tracking_uri}
     addresses |= {"SIEVE_MLFLOW_UI": settings.mlflow_ui, "SIEVE_DASHBOARD_UI": settings.dashboard_ui}
     with (settings.home / "publisher.log").open("ab") as log:

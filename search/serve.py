@@ -7,7 +7,6 @@ next. Waiting for whatever else is down is all that a service does about it.
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from search import run
+from search import COMMAND, run
 from search.errors import Interrupted, SettingsError, SieveError, StorageLost, StudyBusy, WorkersLost
 from search.outbox import Outbox
 from search.outcome import open_study, standing
@@ -129,8 +128,7 @@ class Service:
         with Outbox(self.settings.outbox) as box:
             unsent = box.unsent()
         if unsent:
-            command = [sys.executable, "-c", "from search.cli import app; app()", "sync"]
-            self.sync = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            self.sync = subprocess.Popen([*COMMAND, "sync"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def waiting(storage: Storage) -> list[str]:

@@ -8,20 +8,23 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from search import COMMAND
 from search.errors import SettingsError, SieveError
 from search.outbox import Outbox
 from search.settings import Settings
 
+LOOK_SECONDS = 1.0  # between looks whether MLflow has another study
 START_SECONDS = 180.0  # MLflow's server takes 6 s alone, and half a minute beside a running study
 
 
 def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callable[[str], None]) -> None:
     """Start both, wait until both answer, say where, and end both on Ctrl-C.
 
+    What waits to be sent to MLflow is sent meanwhile; the link of a study is said once MLflow has it.
     Raises SettingsError if a port is taken, SieveError if one ends early.
     """
     from search.storage import open_storage
@@ -41,11 +44,15 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
         "SIEVE_HOME": str(settings.home),
         "SIEVE_STORAGE": settings.storage,
     }
+    with Outbox(settings.outbox) as box:
+        unsent = box.unsent()
     with (settings.home / "ui.log").open("wb") as log:
-        servers = {
-            name: subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            for name, (command, _) in pages.items()
-        }
+
+        def begin(command: Sequence[str]) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+        servers = {name: begin(command) for name, (command, _) in pages.items()}
+        others: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have left SIGINT ignored
             signal.signal(number, signal.default_int_handler)
         try:
@@ -53,19 +60,30 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
                 _await_answer(name, servers[name], address)
             for name, (_, address) in pages.items():
                 say(f"{name}: {address}")
-            for line in study_links(replace(settings, mlflow_ui=pages.get("MLflow", ("", settings.mlflow_ui))[1])):
-                say(line)
             for line in elsewhere(settings, {name: address for name, (_, address) in pages.items()}):
                 say(line)
-            say("Ctrl-C ends both")
-            while all(server.poll() is None for server in servers.values()):
-                time.sleep(0.5)
+            if unsent:
+                others.append(begin([*COMMAND, "sync"]))
+            _say_links(replace(settings, mlflow_ui=pages.get("MLflow", ("", settings.mlflow_ui))[1]), servers, say)
             raise SieveError(f"one of the servers ended by itself; {settings.home / 'ui.log'} says why")
         except KeyboardInterrupt:
             say("ended")
         finally:
-            for server in servers.values():
-                _end(server)
+            for process in [*servers.values(), *others]:
+                _end(process)
+
+
+def _say_links(settings: Settings, servers: Mapping[str, subprocess.Popen[bytes]], say: Callable[[str], None]) -> None:
+    """Each study's link, now or as soon as MLflow has the study, while all servers live."""
+    said = study_links(settings)
+    for line in [*said, "Ctrl-C ends both"]:
+        say(line)
+    while all(server.poll() is None for server in servers.values()):
+        time.sleep(LOOK_SECONDS)
+        new = [line for line in study_links(settings) if line not in said]
+        for line in new:
+            say(line)
+        said += new
 
 
 def elsewhere(settings: Settings, pages: Mapping[str, str]) -> list[str]:
@@ -96,7 +114,7 @@ def mlflow_command(settings: Settings, port: int) -> list[str]:
 
 
 def dashboard_command(port: int) -> list[str]:
-    return [sys.executable, "-c", "from search.cli import app; app()", "dashboard", "--port", str(port)]
+    return [*COMMAND, "dashboard", "--port", str(port)]
 
 
 def dashboard(
