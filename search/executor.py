@@ -58,7 +58,7 @@ def _serve_slices(pipe: connection.Connection) -> None:
     """A worker's whole life: do what comes through the pipe and hand back what it gives, or raises."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     pipe.send(None)  # it has imported what it needs
-    with suppress(EOFError):
+    with suppress(EOFError, OSError):  # the runner is gone
         while True:
             fn, args, kwargs = pipe.recv()
             try:

@@ -63,7 +63,7 @@ class Service:
                 self.storage = self.storage or open_storage(self.settings.storage)
                 ran = any(self._run(name) for name in waiting(self.storage))
                 self.trouble = ""
-            except (StorageLost, SettingsError, WorkersLost) as error:  # a database or a scheduler that is down
+            except (StorageLost, SettingsError, WorkersLost) as error:  # of this machine or another, not of the study
                 ran = False
                 self._say_once(f"{error}; trying again")
             if not ran:

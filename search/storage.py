@@ -560,6 +560,6 @@ def finished_attempts(attempts: Iterable[Attempt]) -> dict[Slot, Attempt]:
 
 
 def failed_attempts(attempts: Iterable[Attempt], *, left: bool = False) -> dict[Slot, Attempt]:
-    """The last attempt at each slot, if that failed (or was left): `sieve retry` makes another one."""
+    """The last attempt at each slot where that failed, for `sieve retry`; or where it was left, for the next runner."""
     last = {attempt.slot: attempt for attempt in attempts}
     return {slot: a for slot, a in last.items() if a.state == TrialState.FAIL and (LEFT in a.attrs) == left}

@@ -52,7 +52,7 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
         servers = {name: begin(command) for name, (command, _) in pages.items()}
-        others: list[subprocess.Popen[bytes]] = []
+        begun = [*servers.values()]
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have left SIGINT ignored
             signal.signal(number, signal.default_int_handler)
         try:
@@ -63,13 +63,13 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
             for line in elsewhere(settings, {name: address for name, (_, address) in pages.items()}):
                 say(line)
             if unsent:
-                others.append(begin([*COMMAND, "sync"]))
+                begun.append(begin([*COMMAND, "sync"]))
             _say_links(replace(settings, mlflow_ui=pages.get("MLflow", ("", settings.mlflow_ui))[1]), servers, say)
             raise SieveError(f"one of the servers ended by itself; {settings.home / 'ui.log'} says why")
         except KeyboardInterrupt:
             say("ended")
         finally:
-            for process in [*servers.values(), *others]:
+            for process in begun:
                 _end(process)
 
 

@@ -33,12 +33,14 @@ def test_a_study_that_was_never_sent_gets_its_link(new_home: Callable[[str], Set
     finish(sieve(settings, "launch", study_file(tmp_path, **few), "--workers", "1", "--no-publish"))
     ports = [free_port(), free_port()]
     ui = sieve(settings, "ui", "--mlflow-port", str(ports[0]), "--dashboard-port", str(ports[1]), PYTHONUNBUFFERED="1")
-    said = lines_until(ui, "quick: ")
+    try:
+        said = lines_until(ui, "quick: ")
+    finally:
+        ui.send_signal(signal.SIGINT)
+        finish(ui)
     assert said[:2] == [f"MLflow: http://127.0.0.1:{ports[0]}", f"Optuna dashboard: http://127.0.0.1:{ports[1]}"]
     assert said[-2] == "Ctrl-C ends both"
     assert said[-1].startswith(f"quick: http://127.0.0.1:{ports[0]}/#/experiments/")
     with Outbox(settings.outbox) as box:
         assert "quick" in box.links()
-    ui.send_signal(signal.SIGINT)
-    finish(ui)
     assert ui.returncode == 0
