@@ -47,7 +47,8 @@ MOST_REASONS = 3
 LONGEST_PARAM = 6000  # MLflow cuts longer ones without a word
 LONGEST_DIGEST = 36
 LONGEST_NOTE = 8000
-NEVER = (400, 413, 422)  # a server that answers so will answer so again
+NEVER = (400, 413, 422)  # a server that answers so will answer so again ...
+RACE = ("IntegrityError", "UniqueViolation")  # ... but for 400 where another client wrote the same row just before
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -616,7 +617,7 @@ def _is_refusal(error: Exception) -> bool:
     if isinstance(error, _Waiting):
         return False
     if hasattr(error, "get_http_status_code"):  # an MlflowException
-        return error.get_http_status_code() in NEVER
+        return error.get_http_status_code() in NEVER and not any(word in str(error) for word in RACE)
     if isinstance(error, OSError):  # connection, disk, or an HTTP answer about a file
         return getattr(getattr(error, "response", None), "status_code", None) in NEVER
     return isinstance(error, ValueError | KeyError | TypeError | IndexError)

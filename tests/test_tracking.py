@@ -538,6 +538,22 @@ def test_homes_that_start_together_share_one_experiment(settings: Settings, serv
     assert mlflow_client(server.uri).search_runs(["0"]) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "never"),
+    [
+        ("(sqlite3.IntegrityError) UNIQUE constraint failed: experiment_tags.key", False),
+        ("(psycopg.errors.UniqueViolation) duplicate key value violates unique constraint", False),
+        ("Metric value is not a number", True),
+    ],
+)
+def test_who_was_overtaken_by_another_client_tries_again(text: str, never: bool) -> None:
+    """MLflow answers 400 to a race for one row, as to what it will never take; only the latter is set aside."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST
+
+    assert tracking._is_refusal(MlflowException(text, BAD_REQUEST)) is never
+
+
 @pytest.mark.slow
 @pytest.mark.fault
 def test_a_server_that_is_killed_and_comes_back_has_everything(settings: Settings, server: Server) -> None:
