@@ -16,10 +16,14 @@ from search.failpoint import failpoint
 ARRAYS = ("config", "rng", "layers", "memory")  # the fields of State that JSON does not hold as they are
 
 
-def save(path: Path, state: State, progress: Progress) -> None:
-    """Write the state and what the trial brought forth so far, but for snapshots; all of it or nothing."""
+def save(path: Path, state: State, progress: Progress, of: str) -> None:
+    """Write the state and what the trial brought forth so far, but for snapshots; all of it or nothing.
+
+    `of` says whose state it is: which attempt, on which data.
+    """
     plain = {name: value for name, value in vars(state).items() if name not in ARRAYS}
     header = {
+        "of": of,
         "config": state.config.to_params(),
         "rng": state.rng.bit_generator.state,
         "remembers": len(state.memory),
@@ -41,19 +45,33 @@ def save(path: Path, state: State, progress: Progress) -> None:
     write_atomically(path, write)
 
 
-def load(path: Path) -> tuple[State, Progress]:
-    """What `save` wrote. Raises OSError if it is not there, ValueError if it is not whole, or of another version."""
+def load(path: Path, of: str, fresh: State) -> tuple[State, Progress]:
+    """What `save` wrote, if it is a later state of the trial that begins as `fresh`.
+
+    Raises OSError if it is not there, ValueError if it is not whole, of another version, or of another trial.
+    """
     try:
-        return _load(path)
+        state, progress = _load(path, of)
     except OSError:
         raise
     except Exception as error:  # damage shows itself in many ways
         raise ValueError(f"{path}: {error}") from None
+    if _fit(state) != _fit(fresh):
+        raise ValueError(f"{path}: the state of another training")
+    return state, progress
 
 
-def _load(path: Path) -> tuple[State, Progress]:
+def _fit(state: State) -> tuple[Any, ...]:
+    """What no training changes."""
+    shapes = [(w.shape, b.shape) for w, b in state.layers]
+    return state.config, state.order, state.total, state.per_epoch, shapes, len(state.memory)
+
+
+def _load(path: Path, of: str) -> tuple[State, Progress]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         header: dict[str, Any] = json.loads(str(archive["header"]))
+        if header.get("of", of) != of:  # older versions did not say
+            raise ValueError(f"expected the state of {of}, got that of {header['of']}")
         config = TrainConfig.from_params(header["config"])
         depth = len(config.hidden_sizes) + 1
 

@@ -8,6 +8,8 @@ SieveError                     exit 1
 ├── DataError                  exit 2    a dataset that is missing, damaged or not what it says it is
 ├── SettingsError              exit 2    an environment variable that cannot be meant
 ├── WorkersLost                exit 1    no worker process begins; what is stored is safe
+├── StudyTaken                 exit 1    another runner took the study over while this one stood still
+├── StudyGone                  exit 1    the study was deleted while it ran
 ├── StorageLost                exit 1    the database does not answer; what it holds is safe
 ├── DiskError                  exit 1    a full disk, or a file of ours that is damaged or may not be written
 ├── StudyFailed                exit 1    the study ended without a result
@@ -79,6 +81,31 @@ class StudyBusy(SieveError):
     """Another runner owns the study."""
 
     exit_code = 2
+
+
+class StudyTaken(SieveError):
+    """Another runner took over the study `name` while this one stood still; this one has written nothing since."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"study '{self.name}' was taken over by another runner while this one stood still; nothing is lost, "
+            f"`sieve status {self.name}` shows it"
+        )
+
+
+class StudyGone(SieveError):
+    """The study `name` was deleted while it ran."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"study '{self.name}' was deleted while it ran; `sieve launch` with its file begins it anew"
 
 
 class DataError(SieveError):

@@ -333,6 +333,7 @@ def trial_ended(
     results: Mapping[str, float],
     confusion: NDArray[np.integer[Any]] | None = None,
     weights: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
+    normalisation: tuple[NDArray[Any], NDArray[Any]] | None = None,
     *,
     classes: Sequence[str] | None = None,
     best: bool = False,
@@ -342,6 +343,7 @@ def trial_ended(
 
     results: e.g. val_accuracy, best_val_accuracy, test_accuracy; shown as result/NAME.
     confusion: [c, c] counts, true class by predicted class. weights: [(W [d_in, d_out], b [d_out]), ...].
+    normalisation: mean and scale [d] of the inputs at training, kept beside the weights: data may change later.
     reason: one line, or a traceback, whose last line is what tables show.
     best: draw the curves of this trial as a figure too. Raises ValueError for an unknown status.
     """
@@ -350,6 +352,8 @@ def trial_ended(
     layers: dict[str, NDArray[Any]] = {}
     for n, (w, b) in enumerate(weights or (), start=1):
         layers |= {f"W{n}": w, f"b{n}": b}
+    if layers and normalisation:
+        layers |= {"mean": normalisation[0], "scale": normalisation[1]}
     payload = {
         "status": status, "reason": reason, "results": {k: float(v) for k, v in results.items()},
         "confusion": None if confusion is None else np.asarray(confusion).tolist(),

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info
 
 from search import __version__, outbox, plan, prune
 from search.datasets import open_dataset
-from search.errors import SieveError, StudyFailed, UnknownStudy
+from search.errors import DataError, SieveError, StudyFailed, UnknownStudy
 from search.outbox import Outbox
 from search.plan import WORST, Finished, Params, Slot
 from search.settings import Settings
@@ -74,13 +74,13 @@ class Outcome:
 def study_note(
     spec: StudySpec,
     stages: Iterable[Mapping[str, Any]],
-    shown: Mapping[str, tuple[str, str]],
+    page: tuple[str, str] | None,
     settings: Settings,
     outcome: Outcome | None = None,
 ) -> str:
     """Markdown for the study's page in the Optuna dashboard: result, links into MLflow, repeats, stages, the spec.
 
-    shown: uid -> (experiment id, run id) of what is in MLflow by now. outcome: None while the study runs.
+    page: the experiment and its summary run, if MLflow has them by now. outcome: None while the study runs.
     """
 
     parts = [spec.description]
@@ -92,8 +92,8 @@ def study_note(
         if outcome.test_accuracy:
             parts.append(f"test_accuracy {outbox.spread(*outcome.test_accuracy)}, not used to choose")
         parts += outcome.border
-    if spec.name in shown:
-        experiment, run = shown[spec.name]
+    if page:
+        experiment, run = page
         address = links(settings, experiment)
         parts.append(
             f"In MLflow: [charts]({address['charts']}) · [table]({address['table']}) · "
@@ -222,12 +222,12 @@ def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str,
     settled, failed = finished_attempts(attempts), failed_attempts(attempts)
     row |= {
         "study": record.name,
-        "state": "running" if is_owned(settings.storage, record.name) else attrs.get("state", "-"),
+        "state": "running" if is_owned(record) else attrs.get("state", "-"),
         "complete": sum(a.state == TrialState.COMPLETE for a in settled.values()),
         "pruned": sum(a.state == TrialState.PRUNED for a in settled.values()),
         "running": sum(a.state == TrialState.RUNNING for a in attempts),
         "failed": len(failed),
-        "unsent": box.unsent(record.name),
+        "unsent": box.unsent(record.id),
     }
     if "spec" in attrs:
         spec = record.spec
@@ -246,22 +246,30 @@ def export(study: str, path: Path, settings: Settings) -> str:
     outcome, spec = conclude(record), record.spec
     slots = set(outcome.chosen.slots)
     attempt = next(a for a in outcome.table if a.slot in slots)
-    uid = f"{study}/{attempt.slot}/{attempt.attempt}"
     with Outbox(settings.outbox) as box:
-        ended = box.records(uid, "trial_ended")
+        ended = box.records(record.uid(attempt.slot, attempt.attempt), "trial_ended")
     if not ended or ended[0].blob is None:
         raise SieveError(f"study '{study}': this machine has no weights of trial {attempt.slot}; export where it ran")
-    data, _ = open_dataset(spec.dataset_of(attempt.attrs["stage"]), settings)
+    stage = attempt.attrs["stage"]
+    dataset, digest = spec.dataset_of(stage), (record.attr("datasets") or {}).get(stage)
+    arrays = outbox.unpack(ended[0].blob)
+    if "mean" not in arrays:  # an older version kept them with the data alone
+        data, _ = open_dataset(dataset, settings)
+        arrays |= {"mean": data.mean, "scale": data.scale}
+        if digest not in (None, data.digest):
+            raise DataError(
+                f"study '{study}': {dataset.path or dataset.name} is not what it was trained on: "
+                f"expected digest {digest}, got {data.digest}; bring the old data back"
+            )
     config = spec.config(attempt.params, **attempt.attrs["overrides"])
     about = {
         "study": study,
         "slot": str(attempt.slot),
         "config": config.to_params(),
-        "classes": data.classes,
-        "dataset": {"name": data.name, "digest": data.digest},
+        "classes": ended[0].payload["classes"],
+        "dataset": {"name": dataset.name, "digest": digest},
         "predict": "a = (x - mean) * scale; then a = activation(a W1 + b1), ...; classes[argmax(a W_L + b_L)]",
     }
-    arrays = outbox.unpack(ended[0].blob) | {"mean": data.mean, "scale": data.scale}
     with path.open("wb") as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
     return f"wrote {path}: {', '.join(sorted(arrays))} and about (JSON) of trial {attempt.slot}"

@@ -31,6 +31,9 @@ Params = dict[str, Scalar]
 Array = NDArray[np.float64]
 Box = dict[str, tuple[Scalar, ...]]  # low and high of each range, the values kept of each choice
 Ask = Callable[[int, int, Sequence["Result"]], Sequence[Params]]  # generation, count, results so far -> parameters
+Decided = Mapping[str, Sequence[Params]]  # the points of stages that were begun, by the keys of `decide`
+
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 WORST = -math.inf
 UNTRIED = -sys.float_info.max  # a hope that any score beats, but for a failure
@@ -335,7 +338,8 @@ def propose(
     spec: StudySpec,
     finished: Sequence[Finished],
     ask: Ask | None = None,
-    started: Mapping[Slot, Params] = MappingProxyType({}),
+    started: Mapping[Slot, Params] = NOTHING,
+    decided: Decided = NOTHING,
 ) -> list[Proposal]:
     """Every trial of each stage whose earlier stages are complete, those that are finished among them.
 
@@ -343,12 +347,35 @@ def propose(
     of `finished`. Methods that ask a sampler of Optuna need `ask`, which gets the number of a generation, how many
     configurations to name and the results of the generations before. Raises ValueError without it.
 
-    `started` holds the trials that have a slot but no score yet. It matters after a study was extended: then
-    they keep their slots, as the finished ones do, among the points that were put between them.
+    `started` holds the trials that have a slot but no score yet: their slots keep their parameters, as the finished
+    ones do. `decided` is what `decide` gave when a stage was begun: it keeps its points, even when a trial of an
+    earlier stage that had failed was run again since and has a score now.
     """
     if ask is None and hasattr(spec.search, "generation"):
         raise ValueError(f"method {spec.search.method} needs ask, see samplers.asker")
-    return [proposal for proposals, _ in _planned(spec, finished, ask, started) for proposal in proposals]
+    return [proposal for proposals, _ in _planned(spec, finished, ask, started, decided) for proposal in proposals]
+
+
+def decide(
+    spec: StudySpec,
+    finished: Sequence[Finished],
+    ask: Ask | None = None,
+    started: Mapping[Slot, Params] = NOTHING,
+    decided: Decided = NOTHING,
+) -> dict[str, Sequence[Params]]:
+    """`decided`, and the points of each stage that may begin now and follow from results: "2" is the third stage.
+
+    "0.3" is the fourth generation of an Optuna sampler.
+    """
+    found = dict(decided)
+    for number, (proposals, _) in enumerate(_planned(spec, finished, ask, started, decided)):
+        points = list({proposal.slot.index: proposal.params for proposal in proposals}.values())
+        if generation := getattr(spec.search, "generation", None) if number == 0 else None:
+            for first in range(0, len(points), generation):
+                found.setdefault(f"0.{first // generation}", points[first : first + generation])
+        elif number > 0:
+            found.setdefault(str(number), points)
+    return found
 
 
 def extends(new: StudySpec, old: StudySpec) -> bool:
@@ -356,8 +383,8 @@ def extends(new: StudySpec, old: StudySpec) -> bool:
 
     Then every trial of `old` is one of `new`, and what is done is kept.
     """
-    parts = {"space", "search", *new.SECONDARY}
-    if new.model_dump(exclude=parts) != old.model_dump(exclude=parts) or new.search.method != old.search.method:
+    kept, given = ({k: v for k, v in s.identity.items() if k not in ("space", "search")} for s in (old, new))
+    if given != kept or new.search.method != old.search.method:
         return False
     if new.search.method not in ("grid", "list", "random"):
         return False
@@ -420,14 +447,18 @@ def _planned(
     spec: StudySpec,
     finished: Sequence[Finished],
     ask: Ask | None = None,
-    started: Mapping[Slot, Params] = MappingProxyType({}),
+    started: Mapping[Slot, Params] = NOTHING,
+    decided: Decided = NOTHING,
 ) -> Iterator[tuple[list[Proposal], bool]]:
     """The proposals of each stage as far as the results reach, and whether all of them are finished."""
     done = {f.slot: f for f in finished}
     for number, stage in enumerate(_stages(spec)):
-        configurations = _trained(stage, number, done) or _configurations(spec, finished, number, ask)
-        placed = {f.slot: f.params for f in finished} | dict(started) if stage.keeps else {}
+        configurations = _trained(stage, number, done) or _configurations(spec, finished, number, ask, decided)
+        placed = dict(started) | {f.slot: f.params for f in finished}
         own = {slot.index: params for slot, params in placed.items() if slot.stage == number}
+        if not stage.keeps:
+            configurations = [own.get(index, params) for index, params in enumerate(configurations)]
+            own = {}
         proposals = [
             Proposal(Slot(number, index, repeat), params, stage.name, stage.overrides)
             for index, params in _indexed(configurations, own)
@@ -449,9 +480,13 @@ def _trained(stage: _Stage, number: int, done: Mapping[Slot, Finished]) -> list[
     return found if not stage.keeps and len(found) == stage.configurations else None
 
 
-def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, ask: Ask | None) -> Sequence[Params]:
+def _configurations(
+    spec: StudySpec, finished: Sequence[Finished], number: int, ask: Ask | None, decided: Decided = NOTHING
+) -> Sequence[Params]:
     """The parameters of each configuration of a stage whose earlier stages are complete, in the order of slots."""
     search, dimensions, stage = spec.search, spec.dimensions, _stages(spec)[number]
+    if str(number) in decided:
+        return decided[str(number)]
     if stage.name == "confirm":
         return [result.params for result in ranked(_candidates(spec, finished))[: stage.configurations]]
     if search.method == "list":
@@ -469,10 +504,12 @@ def _configurations(spec: StudySpec, finished: Sequence[Finished], number: int, 
         else:
             points = _uniform(search.trials, list(dimensions), spec.seed)
         return _params(dimensions, place(whole, points))
-    return _generations(spec, search, finished, ask)
+    return _generations(spec, search, finished, ask, decided)
 
 
-def _generations(spec: StudySpec, search: Sampler, finished: Sequence[Finished], ask: Ask | None) -> list[Params]:
+def _generations(
+    spec: StudySpec, search: Sampler, finished: Sequence[Finished], ask: Ask | None, decided: Decided
+) -> list[Params]:
     """What an Optuna sampler named in the generations that are complete, and in the next one."""
     done = {f.slot: f for f in _in_order(finished) if f.slot.stage == 0}
     found: list[Params] = []
@@ -482,7 +519,9 @@ def _generations(spec: StudySpec, search: Sampler, finished: Sequence[Finished],
         if all(slot in done for slot in slots):
             found += [done[Slot(0, index, 0)].params for index in indices]
             continue
-        if ask is not None:
+        if f"0.{number}" in decided:
+            found += decided[f"0.{number}"]
+        elif ask is not None:
             earlier = [f for slot, f in done.items() if slot.index < first]
             found += ask(number, len(indices), results(earlier, key=lambda f: str(f.slot.index)))
         break

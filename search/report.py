@@ -112,7 +112,7 @@ def gather(record: StudyRecord, settings: Settings, few: int = FEW) -> Material:
     confusion: dict[Slot, Confusion] = {}
     with Outbox(settings.outbox) as box:
         for attempt in (settled[slot] for configuration in drawn for slot in configuration.slots):
-            slot, uid = attempt.slot, f"{spec.name}/{attempt.slot}/{attempt.attempt}"
+            slot, uid = attempt.slot, record.uid(attempt.slot, attempt.attempt)
             curves[slot] = [(step, metrics) for step, _, metrics in progress_points(box.records(uid, "trial_progress"))]
             for last in box.records(uid, "trial_weights")[-1:]:
                 stored, about = unpack(last.blob or b""), last.payload
@@ -120,8 +120,8 @@ def gather(record: StudyRecord, settings: Settings, few: int = FEW) -> Material:
             for end in box.records(uid, "trial_ended"):
                 if end.payload["confusion"] is not None:
                     confusion[slot] = Confusion(end.payload["confusion"], end.payload["classes"] or ())
-        first = {a.slot.stage: f"{spec.name}/{a.slot}/{a.attempt}" for a in reversed(attempts)}
-        begun = [record.payload["tags"] for uid in first.values() for record in box.records(uid, "trial_begun")]
+        first = {a.slot.stage: record.uid(a.slot, a.attempt) for a in reversed(attempts)}
+        begun = [begun.payload["tags"] for uid in first.values() for begun in box.records(uid, "trial_begun")]
     datasets = {tags["dataset"]: tags["dataset_digest"] for tags in begun if "dataset_digest" in tags}
     versions = record.attrs.get("versions", {})
     return Material(spec, attempts, outcome, drawn, curves, layers, confusion, datasets, versions, written=time.time())

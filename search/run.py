@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core.data import Dataset
 from core.train import advance
 from search import COMMAND, outbox, plan
 from search.datasets import open_dataset
-from search.errors import Interrupted, StudyFileError, UnknownStudy
+from search.errors import Interrupted, StudyFileError, StudyGone, StudyTaken, UnknownStudy
 from search.executor import open_executor
 from search.outbox import Outbox, Record
 from search.outcome import Outcome, best_first, conclude, open_study, study_note, summary
@@ -31,9 +32,8 @@ from search.storage import (
     distribution,
     finished_attempts,
     is_owned,
-    open_storage,
     owned,
-    register,
+    registered,
 )
 from search.study import StudySpec, narrowed
 
@@ -66,34 +66,70 @@ def launch(
     """
     check_packages(spec.search.method, f"study '{spec.name}'")
     settings.home.mkdir(parents=True, exist_ok=True)
-    with owned(settings.storage, spec.name) as still_owned, Outbox(settings.outbox) as box:
-        spec = resolved(spec, settings)
-        record = register(open_storage(settings.storage), spec, still_owned, PATIENCE)
+    spec = resolved(spec, settings)
+    datasets = open_datasets(spec, settings, warn)
+    digests = {stage: data.digest for stage, data in datasets.items()}
+    with registered(settings.storage, spec, digests, PATIENCE) as record, Outbox(settings.outbox) as box:
         record.warn = warn
+        identify(record, box, settings)
         runner: Runner | None = None
         with (
-            publishing(box, spec.name, settings, lambda: bool(runner and runner.stopping))
+            publishing(box, record.id, settings, lambda: bool(runner and runner.stopping))
             if publish
             else nullcontext(),
             closing_workers(settings, workers) as (executor, count),
         ):
             record.set_attr("state", "running")
-            runner = Runner(spec, settings, record, box, executor, count, retry_failed=retry_failed, warn=warn)
+            runner = Runner(
+                spec, settings, record, box, datasets, executor, count, retry_failed=retry_failed, warn=warn
+            )
             started(runner)
             try:
                 runner.run(show)
-            finally:
-                left = "queued" if runner.stopping == "later" else "stopped"
-                record.set_attr("state", "done" if runner.done else left)
+            except (StudyGone, StudyTaken):  # nothing of it is ours to write any more
+                raise
+            except BaseException:
+                record.set_attr("state", "stopped")
+                raise
+            left = "queued" if runner.stopping == "later" else "stopped"
+            record.set_attr("state", "done" if runner.done else left)
             if runner.stopping:
                 raise Interrupted(f"study '{spec.name}' was stopped; `sieve launch` with its file goes on from here")
             outcome = conclude(record)
             record.set_attr("chosen", outcome.chosen.params)
             page = _page(report, record, settings, warn) if report else None
-            box.put([_ended(outcome, page, runner.clock())])
+            box.put([_ended(record, outcome, page, runner.clock())])
         runner.write_notes()
-        record.note(study_note(spec, outcome.stages, box.links(spec.name), settings, outcome))
-        return replace(outcome, unsent=box.unsent(spec.name))
+        record.note(study_note(spec, outcome.stages, box.links(record.id).get(record.id), settings, outcome))
+        return replace(outcome, unsent=box.unsent(record.id))
+
+
+def open_datasets(spec: StudySpec, settings: Settings, warn: Callable[[str], None]) -> dict[str, Dataset]:
+    """The data of each stage; `warn` gets what its user should know, once. Raises DataError."""
+    opened: dict[str, tuple[Dataset, list[str]]] = {}
+    for stage in plan.stages(spec):
+        dataset = spec.dataset_of(stage.name)
+        if (key := dataset.model_dump_json()) not in opened:
+            opened[key] = open_dataset(dataset, settings)
+    for note in dict.fromkeys(note for _, notes in opened.values() for note in notes):
+        warn(f"warning: {note}")
+    return {stage.name: opened[spec.dataset_of(stage.name).model_dump_json()][0] for stage in plan.stages(spec)}
+
+
+def identify(record: StudyRecord, box: Outbox, settings: Settings) -> None:
+    """Give what this home holds of a study the study's id, where an older version or the home's original gave another.
+
+    A study that lies in the home itself and was copied with it is another one from now on: both may be trained.
+    """
+    inside = settings.storage.startswith("sqlite:///") and Path(settings.storage[10:]).is_relative_to(settings.home)
+    if inside and box.was(record.attr("home") or ""):
+        embedded = not settings.tracking_uri.startswith("http")
+        record.set_attr("home", box.home)
+        box.fork(record.id, record.renew(), keep_links=embedded)
+    if record.attr("formerly") and (before := settings.checkpoints / record.name).exists():
+        before.rename(settings.checkpoints / record.id)
+    if record.attr("formerly"):
+        box.rename(record.name, record.id)
 
 
 def _page(
@@ -109,16 +145,16 @@ def _page(
         return None
 
 
-def _ended(outcome: Outcome, page: bytes | None, when: float) -> Record:
+def _ended(record: StudyRecord, outcome: Outcome, page: bytes | None, when: float) -> Record:
     """What MLflow is to show of a study's end: the summary run, and means and deviations on repeated runs."""
-    uids = {a.slot: f"{outcome.study}/{a.slot}/{a.attempt}" for a in outcome.table}
+    uids = {a.slot: record.uid(a.slot, a.attempt) for a in outcome.table}
     repeated = {
         uids[slot]: {"mean": result.mean, "deviation": result.deviation or 0.0}
         for result in outcome.repeated
         for slot in result.slots
     }
     best = [uids[a.slot] for a in outcome.table[:BEST]]
-    return outbox.study_ended(outcome.study, when, summary(outcome), page, best=best, repeated=repeated)
+    return outbox.study_ended(record.id, when, summary(outcome), page, best=best, repeated=repeated)
 
 
 @contextmanager
@@ -169,10 +205,12 @@ def publishing(box: Outbox, study: str, settings: Settings, in_a_hurry: Callable
 
 
 def resolved(spec: StudySpec, settings: Settings) -> StudySpec:
-    """The study with its space narrowed by the study it names, if any. Raises StudyFileError if that is not finished.
+    """The study with absolute paths, and its space narrowed by the study it names, if any.
 
-    To be called before the study is registered, so that its space is written down before it runs.
+    To be called before the study is registered, so that what runs is written down before it runs. Raises
+    StudyFileError if that other study is not finished.
     """
+    spec = spec.located()
     if (source := spec.space_from) is None:
         return spec
     with suppress(UnknownStudy):
@@ -217,10 +255,11 @@ def dry_run(spec: StudySpec, settings: Settings, *, workers: int | None = None) 
 def request(study: str, what: str, settings: Settings) -> str:
     """Ask the runner of a study to "stop" or "cancel"; says what will happen. Raises UnknownStudy."""
     record = open_study(study, settings)
-    if not is_owned(settings.storage, study):
-        if record.attrs.get("state") == "queued":
-            record.set_attr("state", "stopped")
+    if not is_owned(record):
+        if record.attr("state") == "queued":
+            with owned(record):
+                record.set_attr("state", "stopped")
             return f"study '{study}' does not wait for `sieve serve` any more"
         return f"study '{study}' is not running"
-    record.set_attr("request", what)
+    record.set_attr("request", {"what": what, "launch": record.attr("launch")})
     return f"asked the runner of study '{study}' to {what}; it does within {REQUEST_SECONDS + STOP_SECONDS:.0f} seconds"

@@ -13,7 +13,7 @@ import statistics
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field
@@ -27,7 +27,6 @@ from optuna.trial import TrialState
 from core.data import Dataset
 from core.train import Progress, State, TrainConfig, may_share, start
 from search import __version__, checkpoint, outbox, plan, prune
-from search.datasets import open_dataset
 from search.errors import DataError, StudyFailed, WorkersLost
 from search.executor import LOST, Slice, advance_elsewhere, advance_here
 from search.failpoint import failpoint
@@ -77,9 +76,6 @@ class Trial:
     progress: Progress = field(default_factory=Progress)  # all so far, but for snapshots
     losses: int = 0  # workers that died in a row while they trained it alone
     company: int = MOST_TOGETHER  # how many may share its slice: halved when that fails, doubled when it does not
-
-    def uid(self, study: str) -> str:
-        return f"{study}/{self.slot}/{self.attempt}"
 
     @property
     def cost(self) -> int:
@@ -178,6 +174,7 @@ class Runner:
         settings: Settings,
         record: StudyRecord,
         box: Outbox,
+        datasets: Mapping[str, Dataset],
         executor: Executor,
         workers: Callable[[], int],
         *,
@@ -189,7 +186,7 @@ class Runner:
         self.executor, self.workers, self.warn = executor, workers, warn
         self.clock = clock or steady_clock()
         self.distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
-        self.datasets: dict[str, Dataset] = {}
+        self.datasets = datasets  # of each stage
         self.ask = asker(spec.search.method, self.distributions, spec.seed) if is_asked(spec) else None
         self.pruner = prune.optuna_pruner(spec)
         self.rungs = spec.pruner if isinstance(spec.pruner, Halving) and spec.pruner.barrier else None
@@ -209,14 +206,16 @@ class Runner:
         self.stage = ""
 
         attempts = record.attempts()
+        self.home = record.attr("home") or box.home  # that of the last runner: older versions noted no other
         self.settled: dict[Slot, Attempt] = finished_attempts(attempts)
         self.tries = Counter(a.slot for a in attempts)
         failed = failed_attempts(attempts)
         self.failed: dict[Slot, Params] = {} if retry_failed else {slot: a.params for slot, a in failed.items()}
         noted = record.noted()
-        uids = {f"{spec.name}/{a.slot}/{a.attempt}": a.trial_id for a in attempts}
-        self.unnoted = {uid: trial_id for uid, trial_id in uids.items() if trial_id not in noted}
-        self.left = {f"{spec.name}/{a.slot}/{a.attempt}" for a in attempts if LEFT in a.attrs}
+        self.unnoted = {record.uid(a.slot, a.attempt): a.trial_id for a in attempts if a.trial_id not in noted}
+        self.left = {record.uid(a.slot, a.attempt) for a in attempts if LEFT in a.attrs}
+        self.begun = {a.slot: a.params for a in attempts}
+        self.decided: plan.Decided = record.decided()
         self.best = next(iter(best_first(spec, self.settled.values())), None)
         self.states = Counter(a.state for a in self.settled.values())
         self.planned = sum(stage.trials for stage in plan.stages(spec))
@@ -275,10 +274,14 @@ class Runner:
             return
         self.proposed_at = settled
         finished = results(self.spec, self.settled.values(), self.failed)
-        started = {t.slot: t.params for t in [*self.waiting, *self.held.values()]}
-        started |= {t.slot: t.params for flight in self.flying.values() for t in flight.trials}
-        known = self.settled.keys() | self.failed.keys() | started.keys()
-        self.todo.extend(p for p in plan.propose(self.spec, finished, self.ask, started) if p.slot not in known)
+        started = {t.slot for t in [*self.waiting, *self.held.values()]}
+        started |= {t.slot for flight in self.flying.values() for t in flight.trials}
+        known = self.settled.keys() | self.failed.keys() | started
+        decided = plan.decide(self.spec, finished, self.ask, self.begun, self.decided)
+        self.record.decide({key: points for key, points in decided.items() if key not in self.decided})
+        self.decided = decided
+        proposals = plan.propose(self.spec, finished, self.ask, self.begun, decided)
+        self.todo.extend(proposal for proposal in proposals if proposal.slot not in known)
         stages = [
             {"name": stage.name, "trials": stage.trials, "box": box}
             for stage, box in zip(plan.stages(self.spec), plan.boxes(self.spec, finished), strict=True)
@@ -287,7 +290,7 @@ class Runner:
             self.stages = stages
             self.record.set_attr("stages", stages)
             words = stages_in_words(self.spec, finished)
-            self.record.note(study_note(self.spec, words, self.box.links(self.spec.name), self.settings))
+            self.record.note(study_note(self.spec, words, self._page(), self.settings))
 
     def _dispatch(self) -> bool:
         """Keep every worker busy with a group of trials; False when nothing is left to do."""
@@ -375,35 +378,31 @@ class Runner:
 
     # ---- a trial's beginning
 
-    def _data(self, stage: str) -> Dataset:
-        self.stage = stage
-        dataset = self.spec.dataset_of(stage).model_dump_json()
-        if dataset not in self.datasets:
-            self.datasets[dataset], notes = open_dataset(self.spec.dataset_of(stage), self.settings)
-            for note in notes:
-                self.warn(f"warning: {note}")
-        return self.datasets[dataset]
+    def _page(self) -> tuple[str, str] | None:
+        """The experiment and the summary run of the study, if MLflow has them by now."""
+        return self.box.links(self.record.id).get(self.record.id)
 
     def _prepare(self, proposal: Proposal, attempt: int, trial_id: int, number: int) -> Trial | None:
         """What the slot's parameters mean: config, data, and a state before the first update. None if it has failed."""
+        self.stage = proposal.stage
         try:
-            return prepare(self.spec, self._data(proposal.stage), proposal, attempt, trial_id, number)
+            return prepare(self.spec, self.datasets[proposal.stage], proposal, attempt, trial_id, number)
         except StudyFailed as error:
             self.record.finish(trial_id, TrialState.FAIL, None, {"reason": str(error)})
             self.failed[proposal.slot] = proposal.params
             return None
 
     def _begin(self, proposal: Proposal) -> Trial | None:
-        self._data(proposal.stage)  # without it, nothing is written
         self.tries[proposal.slot] += 1
+        self.begun[proposal.slot] = proposal.params
         attempt = self.tries[proposal.slot]
-        trial_id, number = self.record.begin(proposal, attempt, self.distributions)
+        trial_id, number = self.record.begin(proposal, attempt, self.distributions, self.box.home)
         failpoint("begun")
         trial = self._prepare(proposal, attempt, trial_id, number)
         if trial is None:
             return None
         self.box.put([self._trial_begun(trial)])
-        self.unnoted[trial.uid(self.spec.name)] = trial_id
+        self.unnoted[self.record.uid(trial.slot, trial.attempt)] = trial_id
         return trial
 
     def _adopt(self, attempt: Attempt) -> None:
@@ -411,11 +410,11 @@ class Runner:
         trial = self._prepare(_again(attempt), attempt.attempt, attempt.trial_id, attempt.number)
         if trial is None:
             return
-        with suppress(OSError, ValueError):  # it may have died before its first slice was in
-            trial.state, trial.progress = checkpoint.load(self._checkpoint(trial))
-        if not trial.state.update and self.record.attrs.get("home", self.box.home) != self.box.home:
+        if attempt.attrs.get("home", self.home) != self.box.home:
             self._leave(attempt, trial)
             return
+        with suppress(OSError, ValueError):  # it may have died before its first slice was in
+            trial.state, trial.progress = checkpoint.load(self._checkpoint(trial), self._whose(trial), trial.state)
         self.box.put([self._trial_begun(trial)])
         self.record.add_curves({trial.trial_id: self._curve(trial.progress)})  # it may have died before this
         if trial.state.finished:
@@ -423,12 +422,12 @@ class Runner:
         self._go_on(trial)
 
     def _leave(self, attempt: Attempt, trial: Trial) -> None:
-        """End an attempt whose checkpoint is in another home.
+        """End an attempt that another home began and may have shown more of than this one knows.
 
         That home may have sent points of it, so the next attempt has a run of its own in MLflow, with all points.
         """
-        uid, reason = trial.uid(self.spec.name), "its runner is gone, and its checkpoint with it"
-        ended = outbox.trial_ended(self.spec.name, uid, self.clock(), "KILLED", reason, {})
+        uid, reason = self.record.uid(trial.slot, trial.attempt), "its runner is gone, and its checkpoint with it"
+        ended = outbox.trial_ended(self.record.id, uid, self.clock(), "KILLED", reason, {})
         self.box.put([self._trial_begun(trial), ended])
         self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason, LEFT: True})
         self.unnoted[uid] = trial.trial_id
@@ -500,10 +499,11 @@ class Runner:
         speed = work / max(seconds, 1e-3)
         self.rate = speed if self.rate == FIRST_RATE else 0.5 * (self.rate + speed)
         self.way += 0.1 * (now - flight.since - seconds - self.way)
+        self.record.still_ours()
         self.box.put(records)
         failpoint("recorded")
         for trial in flight.trials:
-            checkpoint.save(self._checkpoint(trial), trial.state, trial.progress)
+            checkpoint.save(self._checkpoint(trial), trial.state, trial.progress, self._whose(trial))
         failpoint("saved")
         self.record.add_curves(curves)
         failpoint("curves")
@@ -545,7 +545,7 @@ class Runner:
         """Settle a trial that others have left behind. Its checkpoint says so first: this may be cut short as well."""
         trial.state.finished = True
         trial.state.diverged = f"{why} after {len(trial.progress.evaluations)} evaluations"
-        checkpoint.save(self._checkpoint(trial), trial.state, trial.progress)
+        checkpoint.save(self._checkpoint(trial), trial.state, trial.progress, self._whose(trial))
         self.box.put([self._ended(trial)])
         self._finish(trial)
 
@@ -578,7 +578,7 @@ class Runner:
         state = TrialState.PRUNED if diverged else TrialState.COMPLETE
         attrs: dict[str, Any] = dict(self._results(trial))
         attrs |= {"reason": diverged} if diverged else self._over_repeats(trial.slot, value)
-        image = artifact_id(trial.uid(self.spec.name))
+        image = artifact_id(self.record.uid(trial.slot, trial.attempt))
         self.record.finish(trial.trial_id, state, None if diverged else value, attrs, image)
         failpoint("told")
         settled = Attempt(trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, state, value, attrs)
@@ -601,12 +601,17 @@ class Runner:
     def _fail(self, trial: Trial, reason: str) -> None:
         """Settle a trial that could not be trained; `sieve retry` makes another attempt at its slot."""
         ended = outbox.trial_ended(
-            self.spec.name, trial.uid(self.spec.name), self.clock(), "FAILED", reason, self._results(trial)
+            self.record.id,
+            self.record.uid(trial.slot, trial.attempt),
+            self.clock(),
+            "FAILED",
+            reason,
+            self._results(trial),
         )
         self.box.put([ended])
         self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason[-2000:]})
         self.failed[trial.slot] = trial.params
-        self.unnoted[trial.uid(self.spec.name)] = trial.trial_id
+        self.unnoted[self.record.uid(trial.slot, trial.attempt)] = trial.trial_id
         checkpoint.remove(self._checkpoint(trial))
         self._settle_last(trial.slot)
 
@@ -617,7 +622,11 @@ class Runner:
         self.ready, self.waiting, self.flying = [], [], {}
 
     def _checkpoint(self, trial: Trial) -> Path:
-        return self.settings.checkpoints / self.spec.name / f"{trial.slot}.{trial.attempt}.npz"
+        return self.settings.checkpoints / self.record.id / f"{trial.slot}.{trial.attempt}.npz"
+
+    def _whose(self, trial: Trial) -> str:
+        """What a checkpoint must be of to be this trial's."""
+        return f"{self.record.uid(trial.slot, trial.attempt)} on {trial.data.digest}"
 
     # ---- what is shown
 
@@ -643,7 +652,7 @@ class Runner:
             for name, d in self.spec.dimensions.items()
         }
         begun = outbox.study_begun(
-            self.spec.name,
+            self.record.id,
             json.loads(self.spec.to_json()),
             {"version": __version__} | {f"version.{name}": version for name, version in versions().items()},
             self.clock(),
@@ -669,8 +678,8 @@ class Runner:
         }
         params = trial.config.to_params() | trial.params
         return outbox.trial_begun(
-            self.spec.name,
-            trial.uid(self.spec.name),
+            self.record.id,
+            self.record.uid(trial.slot, trial.attempt),
             outbox.run_name(trial.params),
             params,
             tags,
@@ -680,7 +689,7 @@ class Runner:
 
     def _shown(self, trial: Trial, part: Progress, since: float, now: float) -> list[Record]:
         """The records of one slice of a trial. Its points are spread evenly over the time it took."""
-        study, uid, data = self.spec.name, trial.uid(self.spec.name), trial.data
+        study, uid, data = self.record.id, self.record.uid(trial.slot, trial.attempt), trial.data
         between = (now - since) / max(1, len(part.evaluations))
         points = [(e.step, since + between * (i + 1), e.metrics) for i, e in enumerate(part.evaluations)]
         records = [outbox.trial_progress(study, uid, trial.state.update, now, points)] if points else []
@@ -696,14 +705,15 @@ class Runner:
     def _ended(self, trial: Trial) -> Record:
         reason = trial.state.diverged
         return outbox.trial_ended(
-            self.spec.name,
-            trial.uid(self.spec.name),
+            self.record.id,
+            self.record.uid(trial.slot, trial.attempt),
             self.clock(),
             "KILLED" if reason else "FINISHED",
             reason,
             self._results(trial),
             trial.progress.confusion,
             trial.state.weights,
+            (trial.data.mean, trial.data.scale),
             classes=trial.data.classes,
         )
 
@@ -735,7 +745,7 @@ class Runner:
         if not self.unnoted or self.clock() - self.last_note < every:
             return
         self.last_note = self.clock()
-        shown = self.box.links(self.spec.name)
+        shown = self.box.links(self.record.id)
         for uid in sorted(self.unnoted.keys() & shown.keys()):
             trial_id = self.unnoted.pop(uid)
             _, slot, attempt = uid.rsplit("/", 2)
@@ -752,10 +762,9 @@ class Runner:
         if self.clock() - self.asked < REQUEST_SECONDS:
             return
         self.asked = self.clock()
-        request = self.record.attrs.get("request")
-        if request in ("stop", "cancel"):
-            self.record.set_attr("request", None)
-            self.stop(request)
+        request = self.record.attr("request") or {}
+        if request.get("launch") == self.record.launch:  # else it was meant for an earlier one
+            self.stop(request["what"])
 
 
 def _again(attempt: Attempt) -> Proposal:

@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.errors import StudyFileError
 from search.plan import (
@@ -239,7 +239,7 @@ def asker(method: str, distributions: Mapping[str, BaseDistribution], seed: int)
     def ask(generation: int, count: int, results: Sequence[Result]) -> list[Params]:
         while len(asked) <= generation:
             if asked:
-                _tell(study, asked[-1], results)
+                _tell(study, asked, results, distributions)
             earlier = len(results) // generation if generation else count
             size = count if len(asked) == generation else earlier
             asked.append([study.ask(dict(distributions)) for _ in range(size)])
@@ -248,8 +248,23 @@ def asker(method: str, distributions: Mapping[str, BaseDistribution], seed: int)
     return ask
 
 
-def _tell(study: Study, trials: Sequence[optuna.Trial], results: Sequence[Result]) -> None:
-    finite = [result.mean for result in results[: trials[-1].number + 1] if np.isfinite(result.mean)]
-    for trial in trials:
-        score = results[trial.number].mean
-        study.tell(trial, score if np.isfinite(score) else min(finite, default=0.0))
+def _tell(
+    study: Study,
+    asked: Sequence[Sequence[optuna.Trial]],
+    results: Sequence[Result],
+    distributions: Mapping[str, BaseDistribution],
+) -> None:
+    """The scores of the last generation that was asked for.
+
+    After a retry the sampler may name other points than those that its generation had kept: then it is told of those.
+    """
+    end = sum(map(len, asked))
+    finite = [result.mean for result in results[:end] if np.isfinite(result.mean)]
+    for trial, result in zip(asked[-1], results[end - len(asked[-1]) : end], strict=True):
+        score = result.mean if np.isfinite(result.mean) else min(finite, default=0.0)
+        if trial.params == result.params:
+            study.tell(trial, score)
+        else:
+            study.tell(trial, state=TrialState.FAIL)
+            own = create_trial(params=result.params, distributions=dict(distributions), value=score)
+            study.add_trial(own)

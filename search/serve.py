@@ -21,7 +21,7 @@ from search.outcome import open_study, standing
 from search.runner import Runner, Status
 from search.settings import Settings
 from search.show import progress_line
-from search.storage import Storage, StudyRecord, open_storage, owned, register
+from search.storage import Storage, open_storage, owned, registered
 from search.study import StudySpec
 
 POLL_SECONDS = 2.0
@@ -32,8 +32,10 @@ WAITING = ("queued", "running")  # one that runs and has no owner lost its runne
 
 def enqueue(spec: StudySpec, settings: Settings) -> str:
     """Register a study for `sieve serve`; says so. Raises StudyConflict, StudyFileError; StudyBusy while it runs."""
-    with owned(settings.storage, spec.name) as still_owned:
-        record = register(open_storage(settings.storage), run.resolved(spec, settings), still_owned)
+    spec = run.resolved(spec, settings)
+    datasets = run.open_datasets(spec, settings, lambda note: None)
+    digests = {stage: data.digest for stage, data in datasets.items()}
+    with registered(settings.storage, spec, digests) as record:
         record.set_attr("state", "queued")
     return f"study '{spec.name}' waits for `sieve serve`; `sieve status {spec.name} --follow` shows it"
 
@@ -99,8 +101,7 @@ class Service:
 
     def _mark(self, study: str, **attrs: str) -> None:
         assert self.storage is not None
-        with suppress(StudyBusy), owned(self.settings.storage, study) as still_owned:  # else another one tries it now
-            record = StudyRecord(self.storage, study, still_owned)
+        with suppress(StudyBusy), owned(open_study(study, self.settings)) as record:  # else another one tries it now
             for key, value in attrs.items():
                 record.set_attr(key, value)
 

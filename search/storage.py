@@ -1,7 +1,9 @@
 """A study's record in Optuna's storage, the one truth about what is done: one writer, few transactions.
 
-The writer is the study's owner: it holds a file lock on SQLite, an advisory lock on PostgreSQL. A PostgreSQL that
-goes away (crash, restart, cut connections) is waited for; what a lost reply leaves in doubt is looked up.
+The writer is the study's owner: it holds a file lock on SQLite, an advisory lock on PostgreSQL. A lock can be lost
+without a word (a cut connection, a removed file), so every taking of a study has a number, its fence, and each
+transaction asks for it before it commits. A PostgreSQL that goes away (crash, restart, cut connections) is waited
+for; what a lost reply leaves in doubt is looked up.
 """
 
 import functools
@@ -9,11 +11,12 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import socket
 import sqlite3
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -37,8 +40,18 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from search.errors import DiskError, SettingsError, StorageLost, StudyBusy, StudyConflict, UnknownStudy
-from search.plan import Proposal, Slot, extends
+from search.errors import (
+    DataError,
+    DiskError,
+    SettingsError,
+    StorageLost,
+    StudyBusy,
+    StudyConflict,
+    StudyGone,
+    StudyTaken,
+    UnknownStudy,
+)
+from search.plan import Params, Proposal, Slot, extends
 from search.settings import redact
 from search.study import Choice, Range, StudySpec, difference, restore
 
@@ -47,6 +60,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 PATIENCE = 600.0  # seconds that the owner of a study waits for a database that went away
 LOCK_SECONDS = 0.5  # somebody who only looks whether a study is owned holds its lock for a moment
 RETAKE_SECONDS = 30.0  # a lock may be held by our own dead connection until the server notices
+DECIDED = "points."  # begins the names of the study's attributes with the points of begun stages
 LEFT = "left"  # user attribute of an attempt whose slot gets another one without being asked
 SCHEMA = "schema of the database"  # what its lock is named after; no study can have this name
 
@@ -167,35 +181,65 @@ def _lost(url: str, error: BaseException) -> StorageLost | DiskError:
 
 
 @contextmanager
-def owned(storage: str, study: str) -> Iterator[Callable[[], None]]:
-    """Be the only runner of a study in the storage of that URL. Raises StudyBusy, or StorageLost.
+def locked(storage: str, name: str, study: str) -> Iterator[Callable[[], None]]:
+    """Hold the lock of this name in the storage of that URL. Raises StudyBusy naming the study, or StorageLost.
 
     Yields a check for before each write: it takes back a lock that was lost with its connection, and raises
-    StudyBusy if another runner has it by then.
+    StudyBusy if another has it by then.
     """
     if storage.startswith("sqlite"):
-        lock = _file_lock(storage, study)
+        lock = _file_lock(storage, name)
         try:
             with lock.acquire(timeout=LOCK_SECONDS):
                 yield lambda: None
         except filelock.Timeout:
             raise _busy(study) from None
     else:
-        with closing(_AdvisoryLock(storage, study)) as advisory:
+        with closing(_AdvisoryLock(storage, name, study)) as advisory:
             if not advisory.take(LOCK_SECONDS):
                 raise _busy(study)
             yield advisory.check
 
 
-def is_owned(storage: str, study: str) -> bool:
-    """Whether somebody runs a study now."""
-    if storage.startswith("sqlite"):
+def _lock_of(study_id: str) -> str:
+    """The name of a study's lock. No study has such a name, and while one is registered its name is locked."""
+    return f"studies/{study_id}"
+
+
+@contextmanager
+def owned(record: "StudyRecord") -> Iterator["StudyRecord"]:
+    """Be the one writer of a study. Raises StudyBusy, StorageLost, StudyGone."""
+    with locked(record.url, _lock_of(record.id), record.name) as still_locked:
+        record.take(still_locked)
+        yield record
+
+
+@contextmanager
+def registered(
+    url: str, spec: StudySpec, datasets: Mapping[str, str], patience: float = 0.0
+) -> Iterator["StudyRecord"]:
+    """Register a study, or find it, and be its one writer; `datasets` has the digest of each stage's data.
+
+    Raises StudyConflict, DataError, StudyBusy, StorageLost.
+    """
+    storage = open_storage(url)
+    with ExitStack() as held:
+        with locked(url, spec.name, spec.name):
+            register(storage, spec, datasets)
+            record = held.enter_context(owned(StudyRecord(storage, spec.name, patience)))
+            record.resume(spec, datasets)
+        yield record
+
+
+def is_owned(record: "StudyRecord") -> bool:
+    """Whether somebody runs the study now."""
+    if record.url.startswith("sqlite"):
         try:
-            with owned(storage, study):
+            with locked(record.url, _lock_of(record.id), record.name):
                 return False
         except StudyBusy:
             return True
-    with closing(_AdvisoryLock(storage, study)) as advisory:
+    with closing(_AdvisoryLock(record.url, _lock_of(record.id), record.name)) as advisory:
         return advisory.is_held()
 
 
@@ -206,22 +250,22 @@ def _making_tables(storage: str) -> Iterator[None]:
         with _file_lock(storage, SCHEMA):
             yield
     else:
-        with closing(_AdvisoryLock(storage, SCHEMA)) as advisory:
+        with closing(_AdvisoryLock(storage, SCHEMA, SCHEMA)) as advisory:
             advisory.take(math.inf)
             yield
 
 
 def _file_lock(storage: str, name: str) -> filelock.FileLock:
-    folder = Path(storage.removeprefix("sqlite:///")).parent / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(folder / f"{name}.lock")
+    path = Path(storage.removeprefix("sqlite:///")).parent / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(path)
 
 
 class _AdvisoryLock:
     """A lock in PostgreSQL that lives as long as the connection which took it."""
 
-    def __init__(self, url: str, name: str) -> None:
-        self.url, self.name = url, name
+    def __init__(self, url: str, name: str, study: str) -> None:
+        self.url, self.study = url, study
         self.key = int.from_bytes(hashlib.blake2b(f"sieve {name}".encode(), digest_size=8).digest(), signed=True)
         self.engine = sqlalchemy.create_engine(
             url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool, connect_args=_connect_args()
@@ -269,7 +313,7 @@ class _AdvisoryLock:
         except SQLAlchemyError:
             self.close()
         if not self.take(RETAKE_SECONDS):
-            raise _busy(self.name)
+            raise _busy(self.study)
 
     def close(self) -> None:
         if self.connection is not None:
@@ -290,12 +334,18 @@ def _busy(study: str) -> StudyBusy:
 
 def _table(name: str, *columns: str) -> sqlalchemy.TableClause:
     """A table of Optuna's, for what its own calls do in too many transactions."""
-    return sqlalchemy.table(name, sqlalchemy.column("trial_id"), *map(sqlalchemy.column, columns))
+    return sqlalchemy.table(name, *map(sqlalchemy.column, columns))
 
 
-CURVES = _table("trial_intermediate_values", "step", "intermediate_value", "intermediate_value_type")
-USER_ATTRS = _table("trial_user_attributes", "key", "value_json")
-SYSTEM_ATTRS = _table("trial_system_attributes", "key", "value_json")
+STUDIES = _table("studies", "study_id", "study_name")
+DIRECTIONS = _table("study_directions", "study_id", "direction", "objective")
+STUDY_ATTRS = _table("study_user_attributes", "study_id", "key", "value_json")
+STUDY_SYSTEM_ATTRS = _table("study_system_attributes", "study_id", "key", "value_json")
+TRIALS = _table("trials", "trial_id", "study_id")
+PARAMS = _table("trial_params", "param_id", "trial_id", "param_name", "param_value", "distribution_json")
+CURVES = _table("trial_intermediate_values", "trial_id", "step", "intermediate_value", "intermediate_value_type")
+USER_ATTRS = _table("trial_user_attributes", "trial_id", "key", "value_json")
+SYSTEM_ATTRS = _table("trial_system_attributes", "trial_id", "key", "value_json")
 NUMBER = sqlalchemy.text("SELECT number FROM trials WHERE trial_id = :trial_id")
 
 
@@ -318,26 +368,24 @@ def _durable(method: Callable[Concatenate["StudyRecord", P], R]) -> Callable[Con
 
     @functools.wraps(method)
     def call(self: "StudyRecord", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        def once() -> R:
-            self.still_owned()
-            return method(self, *args, **kwargs)
-
-        return self.retrying(once)
+        return self.lasting(functools.partial(method, self, *args, **kwargs))
 
     return call
 
 
 class StudyRecord:
-    """One study in a storage. Only the runner that owns the study writes through this.
+    """One study in a storage. Only its owner, after `take`, writes through this.
 
-    `patience` is how many seconds a call waits for a database that went away; who owns nothing waits for nothing.
+    `patience` is how many seconds a call waits for a database that went away.
     """
 
-    def __init__(
-        self, storage: RDBStorage, name: str, still_owned: Callable[[], None] = lambda: None, patience: float = 0.0
-    ) -> None:
-        self.storage, self.name = storage, name
-        self.still_owned, self.patience = still_owned, patience
+    def __init__(self, storage: RDBStorage, name: str, patience: float = 0.0) -> None:
+        """Raises UnknownStudy."""
+        self.storage, self.name, self.patience = storage, name, patience
+        self.url = storage.url
+        self.still_locked: Callable[[], None] = lambda: None
+        self.fence: int | None = None  # of an owner
+        self.launch = ""  # what requests name
         self.warn: Callable[[str], None] = lambda text: None
         self.retrying = Retrying(
             retry=retry_if_exception_type(StorageLost),
@@ -350,6 +398,73 @@ class StudyRecord:
             self.study_id = storage.get_study_id_from_name(name)
         except KeyError:
             raise UnknownStudy(name, study_names(storage)) from None
+
+    @functools.cached_property
+    def id(self) -> str:
+        """What tells this study from every other one, whatever their names.
+
+        A study of an older version has its name for it until it is launched again.
+        """
+        return str(self.attr("id") or self.name)
+
+    def uid(self, slot: Slot, attempt: int) -> str:
+        """What tells an attempt from every other one, in the journal and in MLflow."""
+        return f"{self.id}/{slot}/{attempt}"
+
+    def renew(self) -> str:
+        """Give the study another id, and say which: it was copied, and goes another way from here on."""
+        self.set_attr("id", new := secrets.token_hex(8))
+        self.__dict__.pop("id", None)
+        return new
+
+    def take(self, still_locked: Callable[[], None]) -> None:
+        """Begin to write: from here on every transaction asks whether nobody has taken the study since."""
+        self.still_locked, self.launch = still_locked, secrets.token_hex(8)
+
+        def once() -> int:
+            with self.storage.engine.begin() as connection:
+                found = _stored(connection, self.study_id, "fence", lock=" FOR UPDATE")
+                if found is None:
+                    raise StudyGone(self.name)
+                _store(connection, self.study_id, {"fence": found + 1, "launch": self.launch, "request": None})
+                return int(found) + 1
+
+        self.fence = self.lasting(once)
+        _ask_before_each_commit(self.storage.engine, self.must_be_ours)
+
+    def must_be_ours(self, connection: sqlalchemy.Connection) -> None:
+        """Raises StudyTaken if another took the study since, StudyGone if it was deleted."""
+        found = _stored(connection, self.study_id, "fence", lock=" FOR SHARE")
+        if found is None:
+            raise StudyGone(self.name)
+        if found != self.fence:
+            raise StudyTaken(self.name)
+
+    def lasting(self, call: Callable[[], R]) -> R:
+        """What the call gives, made again while the database is away and the patience lasts.
+
+        Raises StudyBusy or StudyTaken if the study is not ours any more, StudyGone if it was deleted.
+        """
+
+        def once() -> R:
+            self.still_locked()
+            try:
+                return call()
+            except KeyError:  # what Optuna says of an id that is not there
+                if self.name not in study_names(self.storage):
+                    raise StudyGone(self.name) from None
+                raise
+
+        return self.retrying(once)
+
+    def still_ours(self) -> None:
+        """For before something else than the database is written. Raises as `lasting` does."""
+
+        def ask() -> None:
+            with self.storage.engine.connect() as connection:
+                self.must_be_ours(connection)
+
+        self.lasting(ask)
 
     def _say_lost(self, state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
@@ -368,9 +483,15 @@ class StudyRecord:
     def _attrs(self) -> dict[str, Any]:
         return self.storage.get_study_user_attrs(self.study_id)
 
+    @_durable
+    def attr(self, key: str) -> Any:
+        """One attribute of the study, None if it has none of that name."""
+        with self.storage.engine.connect() as connection:
+            return _stored(connection, self.study_id, key)
+
     @property
     def spec(self) -> StudySpec:
-        return restore(json.loads(self.attrs["spec"]))
+        return restore(json.loads(self.attr("spec")))
 
     @_durable
     def set_attr(self, key: str, value: Any) -> None:
@@ -399,8 +520,13 @@ class StudyRecord:
         """The intermediate values of a trial, by step."""
         return self.storage.get_trial(trial_id).intermediate_values
 
-    def begin(self, proposal: Proposal, attempt: int, distributions: Mapping[str, BaseDistribution]) -> tuple[int, int]:
-        """Write a proposal down as a RUNNING trial, in one transaction; returns (trial id, number)."""
+    def begin(
+        self, proposal: Proposal, attempt: int, distributions: Mapping[str, BaseDistribution], home: str
+    ) -> tuple[int, int]:
+        """Write a proposal down as a RUNNING trial, in one transaction; returns (trial id, number).
+
+        home: the id of the home that trains it, which has its checkpoint and its journal.
+        """
         slot = proposal.slot
         attrs = {
             "stage": proposal.stage,
@@ -408,6 +534,7 @@ class StudyRecord:
             "repeat": slot.repeat,
             "attempt": attempt,
             "overrides": proposal.overrides,
+            "home": home,
         }
         trial = create_trial(
             state=TrialState.RUNNING,
@@ -419,7 +546,6 @@ class StudyRecord:
 
         def once() -> tuple[int, int]:
             nonlocal doubtful
-            self.still_owned()
             twins = [a for a in self.attempts() if (a.slot, a.attempt) == (slot, attempt)] if doubtful else []
             if twins:  # it was written, and only the reply was lost
                 return twins[0].trial_id, twins[0].number
@@ -428,7 +554,7 @@ class StudyRecord:
             with self.storage.engine.connect() as connection:  # Optuna would load the trial to name its number
                 return trial_id, connection.execute(NUMBER, {"trial_id": trial_id}).scalar_one()
 
-        return self.retrying(once)
+        return self.lasting(once)
 
     @_durable
     def add_curves(self, curves: Mapping[int, Sequence[tuple[int, float]]]) -> None:
@@ -466,32 +592,59 @@ class StudyRecord:
                 raise
 
     @_durable
-    def extend(self, spec: StudySpec) -> None:
-        """Store a spec with more points, and its wider space in every trial, in one transaction.
+    def resume(self, spec: StudySpec, datasets: Mapping[str, str]) -> None:
+        """Go on with the study by this spec, whose words, limits and paths may be others; or with more points.
+
+        Raises StudyConflict if it has other trials, DataError if it has other data. A study without any trial gives
+        way to another one of its name.
+        """
+        with self.storage.engine.begin() as connection:
+            own = sqlalchemy.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == self.study_id)
+            if connection.execute(own.limit(1)).first() is None:
+                _store_direction(connection, self.study_id, spec)
+                _store(connection, self.study_id, {"datasets": dict(datasets)})
+            else:
+                stored = restore(json.loads(_stored(connection, self.study_id, "spec")))
+                if difference(stored, spec):
+                    if not extends(spec, stored):
+                        raise StudyConflict(spec.name, difference(stored, spec))
+                    self._widen(connection, spec)
+                known = _stored(connection, self.study_id, "datasets")  # an older version kept none
+                for stage, digest in (known or datasets).items():
+                    if datasets[stage] != digest:
+                        raise _other_data(stored, spec, stage, digest, datasets[stage])
+                _store(connection, self.study_id, {"datasets": dict(datasets)})
+            _store(connection, self.study_id, {"spec": spec.to_json()})
+
+    def _widen(self, connection: sqlalchemy.Connection, spec: StudySpec) -> None:
+        """The wider space of a spec with more points in every trial; what was decided by fewer points is forgotten.
 
         Optuna has no call for it, refuses a choice whose values differ from those of earlier trials, and leaves
         parameters out of its plots whose distributions do.
         """
-        params, trials, attrs = (
-            sqlalchemy.table(name, *map(sqlalchemy.column, columns))
-            for name, columns in (
-                ("trial_params", ("param_id", "trial_id", "param_name", "param_value", "distribution_json")),
-                ("trials", ("trial_id", "study_id")),
-                ("study_user_attributes", ("study_id", "key", "value_json")),
-            )
-        )
-        own = sqlalchemy.select(trials.c.trial_id).where(trials.c.study_id == self.study_id)
+        own = sqlalchemy.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == self.study_id)
         wider = {name: distribution(d) for name, d in spec.dimensions.items()}
-        with self.storage.engine.begin() as connection:
-            for row in connection.execute(sqlalchemy.select(params).where(params.c.trial_id.in_(own))).all():
-                value = json_to_distribution(row.distribution_json).to_external_repr(row.param_value)
-                new = wider[row.param_name]
-                stored = {"param_value": new.to_internal_repr(value), "distribution_json": distribution_to_json(new)}
-                if (row.param_value, row.distribution_json) != tuple(stored.values()):
-                    connection.execute(params.update().where(params.c.param_id == row.param_id).values(stored))
-            stored = {"value_json": json.dumps(spec.to_json())}
-            mine = (attrs.c.study_id == self.study_id) & (attrs.c.key == "spec")
-            connection.execute(attrs.update().where(mine).values(stored))
+        for row in connection.execute(sqlalchemy.select(PARAMS).where(PARAMS.c.trial_id.in_(own))).all():
+            value = json_to_distribution(row.distribution_json).to_external_repr(row.param_value)
+            new = wider[row.param_name]
+            stored = {"param_value": new.to_internal_repr(value), "distribution_json": distribution_to_json(new)}
+            if (row.param_value, row.distribution_json) != tuple(stored.values()):
+                connection.execute(PARAMS.update().where(PARAMS.c.param_id == row.param_id).values(stored))
+        decided = (STUDY_ATTRS.c.study_id == self.study_id) & STUDY_ATTRS.c.key.startswith(DECIDED)
+        connection.execute(STUDY_ATTRS.delete().where(decided))
+
+    @_durable
+    def decided(self) -> dict[str, list[Params]]:
+        """The points of each stage (or generation) that was begun, by the key that the plan gives it."""
+        own = (STUDY_ATTRS.c.study_id == self.study_id) & STUDY_ATTRS.c.key.startswith(DECIDED)
+        with self.storage.engine.connect() as connection:
+            rows = connection.execute(sqlalchemy.select(STUDY_ATTRS).where(own)).all()
+        return {row.key.removeprefix(DECIDED): json.loads(row.value_json) for row in rows}
+
+    def decide(self, points: Mapping[str, Sequence[Params]]) -> None:
+        """Write the points of a stage down before the first of them runs: they stay, whatever is tried again later."""
+        for key, params in points.items():
+            self.set_attr(f"{DECIDED}{key}", list(params))
 
     def _set_attrs(self, table: sqlalchemy.TableClause, trial_id: int, attrs: Mapping[str, Any]) -> None:
         """Attributes of a trial in one transaction; Optuna's own call takes one for each."""
@@ -524,30 +677,101 @@ def _intermediate_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
     return {"trial_id": trial_id, "step": step, "intermediate_value": finite, "intermediate_value_type": kind}
 
 
-def register(
-    storage: RDBStorage, spec: StudySpec, still_owned: Callable[[], None] = lambda: None, patience: float = 0.0
-) -> StudyRecord:
-    """The record of this study: new, or the one to resume, or to extend by more points.
+def _stored(connection: sqlalchemy.Connection, study_id: int, key: str, lock: str = "") -> Any:
+    """An attribute of a study, None if there is none; `lock`: held to the end of the transaction, on PostgreSQL."""
+    query = "SELECT value_json FROM study_user_attributes WHERE study_id = :id AND key = :key"
+    if connection.dialect.name != "sqlite":
+        query += lock
+    found = connection.execute(sqlalchemy.text(query), {"id": study_id, "key": key}).scalar()
+    return None if found is None else json.loads(found)
 
-    Raises StudyConflict if another spec has the name.
+
+def _store(connection: sqlalchemy.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
+    """Attributes of a study, within a transaction."""
+    own = (STUDY_ATTRS.c.study_id == study_id) & STUDY_ATTRS.c.key.in_(list(attrs))
+    there = {row.key for row in connection.execute(sqlalchemy.select(STUDY_ATTRS.c.key).where(own))}
+    for key, value in attrs.items():
+        row = {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+        if key in there:
+            same = (STUDY_ATTRS.c.study_id == study_id) & (STUDY_ATTRS.c.key == key)
+            connection.execute(STUDY_ATTRS.update().where(same).values(row))
+        else:
+            connection.execute(STUDY_ATTRS.insert().values(row))
+
+
+def _ask_before_each_commit(engine: sqlalchemy.Engine, ask: Callable[[sqlalchemy.Connection], None]) -> None:
+    """`ask` within each transaction that has written something, as its last statement; it raises to undo it all."""
+
+    @sqlalchemy.event.listens_for(engine, "after_cursor_execute")
+    def remember(connection: sqlalchemy.Connection, _: Any, statement: str, *__: Any) -> None:
+        if statement.lstrip()[:6].upper() != "SELECT":
+            connection.info["wrote"] = True
+
+    @sqlalchemy.event.listens_for(engine, "commit")
+    def commit(connection: sqlalchemy.Connection) -> None:
+        if connection.info.pop("wrote", False):
+            ask(connection)
+
+    @sqlalchemy.event.listens_for(engine, "rollback")
+    def rollback(connection: sqlalchemy.Connection) -> None:
+        connection.info.pop("wrote", None)
+
+
+def register(storage: RDBStorage, spec: StudySpec, datasets: Mapping[str, str]) -> None:
+    """Write a new study down, whole or not at all; one of an older version gets its id.
+
+    Raises StudyConflict if another tool's study has the name.
     """
-    if spec.name not in study_names(storage):
-        direction = StudyDirection.MAXIMIZE if spec.maximise else StudyDirection.MINIMIZE
-        study_id = storage.create_new_study([direction], study_name=spec.name)
-        storage.set_study_system_attr(study_id, "study:metric_names", [spec.metric])  # as Study.set_metric_names
-        storage.set_study_user_attr(study_id, "spec", spec.to_json())
-    record = StudyRecord(storage, spec.name, still_owned, patience)
-    if "spec" not in record.attrs:
-        if storage.get_all_trials(record.study_id, deepcopy=False):
-            raise StudyConflict(spec.name, ["the stored study was not made by Sieve"])
-        record.set_attr("spec", spec.to_json())  # its registration was cut short
-    if differences := difference(record.spec, spec):
-        if not extends(spec, record.spec):
-            raise StudyConflict(spec.name, differences)
-        record.extend(spec)
-    if record.attrs["spec"] != spec.to_json():
-        record.set_attr("spec", spec.to_json())  # another description or limit, the same trials
-    return record
+    identity = {"id": secrets.token_hex(8), "fence": 0}
+    with storage.engine.begin() as connection:
+        named = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_name == spec.name)
+        study_id = connection.execute(named).scalar()
+        if study_id is None:
+            connection.execute(STUDIES.insert().values(study_name=spec.name))
+            study_id = connection.execute(named).scalar_one()
+            _store_direction(connection, study_id, spec)
+            _store(connection, study_id, identity | {"spec": spec.to_json(), "datasets": dict(datasets)})
+        elif _stored(connection, study_id, "spec") is None:
+            _may_be_adopted(connection, study_id, spec)
+            _store(connection, study_id, identity | {"spec": spec.to_json()})
+        elif _stored(connection, study_id, "id") is None:
+            _store(connection, study_id, identity | {"formerly": True})
+
+
+def _may_be_adopted(connection: sqlalchemy.Connection, study_id: int, spec: StudySpec) -> None:
+    """Raises StudyConflict unless a study without a spec is an empty one that goes the same way as this spec."""
+    trials = connection.execute(sqlalchemy.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)).first()
+    attrs = connection.execute(sqlalchemy.select(STUDY_ATTRS.c.key).where(STUDY_ATTRS.c.study_id == study_id)).first()
+    if trials or attrs:
+        raise StudyConflict(spec.name, ["the stored study was not made by Sieve"])
+    query = sqlalchemy.select(DIRECTIONS.c.direction).where(DIRECTIONS.c.study_id == study_id)
+    directions = list(connection.execute(query).scalars())
+    if directions != [_direction(spec)]:
+        found = " and ".join(direction.lower() for direction in directions)
+        raise StudyConflict(spec.name, [f"an empty study of another tool has the name, and its direction is {found}"])
+
+
+def _direction(spec: StudySpec) -> str:
+    return (StudyDirection.MAXIMIZE if spec.maximise else StudyDirection.MINIMIZE).name
+
+
+def _store_direction(connection: sqlalchemy.Connection, study_id: int, spec: StudySpec) -> None:
+    """One objective, under the metric's name, as Optuna's own calls write it."""
+    key = "study:metric_names"
+    connection.execute(DIRECTIONS.delete().where(DIRECTIONS.c.study_id == study_id))
+    connection.execute(DIRECTIONS.insert().values(study_id=study_id, direction=_direction(spec), objective=0))
+    own = (STUDY_SYSTEM_ATTRS.c.study_id == study_id) & (STUDY_SYSTEM_ATTRS.c.key == key)
+    connection.execute(STUDY_SYSTEM_ATTRS.delete().where(own))
+    row = {"study_id": study_id, "key": key, "value_json": json.dumps([spec.metric])}
+    connection.execute(STUDY_SYSTEM_ATTRS.insert().values(row))
+
+
+def _other_data(stored: StudySpec, given: StudySpec, stage: str, was: str, is_now: str) -> DataError:
+    before, after = (spec.dataset_of(stage) for spec in (stored, given))
+    return DataError(
+        f"study '{given.name}' was begun with other data: {before.path or before.name} had digest {was}, "
+        f"{after.path or after.name} has {is_now}; bring the old data back, or give this study another name"
+    )
 
 
 def study_names(storage: RDBStorage) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -669,6 +670,30 @@ class StudySpec(_Model):
         value = self.value(history)
         return -math.inf if math.isnan(value) else value if self.maximise else -value
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides which trials it has, as plain values. Not where data lie: their digests tell them apart."""
+        whole = self.model_dump(mode="json", exclude=set(self.SECONDARY))
+        stages = whole["search"]["stages"] if isinstance(self.search, CoarseToFine) else []
+        for part in (whole, *stages, whole["confirm"] or {}):
+            if part.get("dataset"):
+                del part["dataset"]["path"]
+        return whole
+
+    def located(self) -> Self:
+        """The same study with absolute paths, which mean the same files wherever it is resumed."""
+
+        def absolute(dataset: Any) -> Any:
+            if not dataset or dataset["path"] is None:
+                return dataset
+            return dataset | {"path": str(Path(os.path.expanduser(dataset["path"])).absolute())}
+
+        whole = self.model_dump(mode="json")
+        stages = whole["search"]["stages"] if isinstance(self.search, CoarseToFine) else []
+        for part in (whole, *stages, whole["confirm"] or {}):
+            part |= {"dataset": absolute(part.get("dataset"))} if "dataset" in part else {}
+        return type(self).model_validate(whole)
+
     def to_json(self) -> str:
         """The study as stored: sorted keys, every default written out, equal for equal studies."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -836,7 +861,7 @@ def _numbers(values: Sequence[Scalar]) -> list[float]:
 
 def difference(stored: StudySpec, given: StudySpec) -> list[str]:
     """Where two studies of one name differ in what their trials are, one line each; empty: one resumes the other."""
-    leaves = [dict(_leaves((), s.model_dump(mode="json", exclude=set(s.SECONDARY)))) for s in (stored, given)]
+    leaves = [dict(_leaves((), s.identity)) for s in (stored, given)]
 
     def said(path: Place) -> str:
         a, b = (short(own[path]) if path in own else "nothing" for own in leaves)
