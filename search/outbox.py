@@ -3,6 +3,10 @@
 The runner puts records, a publisher in another process ships them and marks them sent. Sent records stay, so
 that the whole of a study can be published again, even into an empty server. A record carries its own
 timestamps: publishing it twice never makes new ones.
+
+A study is told from others by its id: records and runs hold that, and the uid of an attempt begins with it
+(ID/SLOT/ATTEMPT; the study's own uid is the id alone). Its name is in what it said at its beginning. In the
+journal of an older version the name stood for the id, and does so until the study is launched again.
 """
 
 import io
@@ -11,7 +15,8 @@ import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +30,7 @@ from search.failpoint import failpoint
 
 Point = tuple[int, float, dict[str, float]]  # step, unix seconds, metrics
 
-VERSION = 1  # of the layout
+VERSION = 2  # of the layout
 LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
@@ -44,6 +49,11 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE TABLE IF NOT EXISTS home (id TEXT NOT NULL);
 INSERT INTO home SELECT lower(hex(randomblob(8))) WHERE NOT EXISTS (SELECT * FROM home);
 """
+# What each layout adds to the one before it.
+SINCE = {
+    1: "ALTER TABLE home ADD COLUMN path TEXT;"  # where this journal was last opened
+    "CREATE TABLE earlier_homes (id TEXT PRIMARY KEY);"  # of which this one is a copy
+}
 COLUMNS = "kind, study, uid, seq, time, payload, blob, id"
 
 
@@ -85,10 +95,52 @@ class Outbox:
                 f"{path}: written by a newer Sieve (layout {version}, this one knows {VERSION}): "
                 "install that one, or set SIEVE_HOME to another folder"
             )
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'home'").fetchone():
-            self._db.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        (self.home,) = self._db.execute("SELECT id FROM home").fetchone()  # tells this home from others
+        if version < VERSION:
+            self._bring_up_to_date()
+        self.home = self._identity(path.resolve())  # tells this home from others
+
+    def _bring_up_to_date(self) -> None:
+        with self._transaction():
+            if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'home'").fetchone():
+                for statement in SCHEMA.split(";\n"):
+                    self._db.execute(statement)
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            for before in range(max(version, 1), VERSION):
+                for statement in SINCE[before].split(";"):
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _identity(self, path: Path) -> str:
+        """The id of this home: a new one if this is a copy of a home that is still at its place."""
+        here = str(path)
+        home, known = self._db.execute("SELECT id, path FROM home").fetchone()
+        if known == here:
+            return str(home)
+        with self._transaction():
+            home, known = self._db.execute("SELECT id, path FROM home").fetchone()  # another may have been here
+            if known is not None and known != here and _is_copied(Path(known), path, home):
+                self._db.execute("INSERT OR IGNORE INTO earlier_homes VALUES (?)", (home,))
+                home = uuid.uuid4().hex[:16]
+            self._db.execute("UPDATE home SET id = ?, path = ?", (home, here))
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a copy of this one reads the file alone
+        return str(home)
+
+    def was(self, home: str) -> bool:
+        """Whether this home is a copy of that one, at first hand or not."""
+        return self._db.execute("SELECT 1 FROM earlier_homes WHERE id = ?", (home,)).fetchone() is not None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing, on disk at its end."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
+            raise
 
     def _use_wal(self) -> None:
         # When two processes create the file at once, SQLite answers "locked" whatever the timeout.
@@ -115,12 +167,14 @@ class Outbox:
         """Store all of them or none, on disk when this returns; those that are already here are ignored.
 
         A slice that was trained twice (after a crash) may end at another step than before: steps that
-        are already stored for that uid are dropped from the later record.
+        are already stored for that uid are dropped from the later record. A beginning of a study that says
+        something else than the stored one takes its place, and is to be sent again.
         """
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._transaction():
             for record in records:
                 payload, last_step = record.payload, None
+                if record.kind == "study_begun":
+                    payload = self._begun_again(record)
                 if record.kind == "trial_progress":
                     query = "SELECT MAX(last_step) FROM records WHERE uid = ?"
                     (seen,) = self._db.execute(query, (record.uid,)).fetchone()
@@ -128,17 +182,20 @@ class Outbox:
                     payload = payload | {"points": points}
                     last_step = max((p[0] for p in points), default=None)
                 self._db.execute(
-                    "INSERT OR IGNORE INTO records (study, uid, kind, seq, time, payload, blob, last_step)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO records (study, uid, kind, seq, time, payload, blob, last_step)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (uid, kind, seq) DO UPDATE"
+                    " SET payload = excluded.payload, state = 'unsent', reason = NULL"
+                    " WHERE kind = 'study_begun' AND payload != excluded.payload",
                     (record.study, record.uid, record.kind, record.seq, record.when,
                      json.dumps(payload, default=_plain), record.blob, last_step),
                 )  # fmt: skip
             failpoint("putting")
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # a full disk has ended it already
-                self._db.execute("ROLLBACK")
-            raise
+
+    def _begun_again(self, record: Record) -> dict[str, Any]:
+        """A study's beginning with the ids under which it was known before: said once, they stay."""
+        known = [formerly(stored.payload) for stored in self.records(record.uid, "study_begun")]
+        ids = list(dict.fromkeys([*(known[0] if known else []), *formerly(record.payload)]))
+        return record.payload | ({"formerly": ids} if ids else {})
 
     def pending(self, limit: int = 64, study: str | None = None) -> list[Record]:
         """The oldest unsent records, in the order in which they were put."""
@@ -169,19 +226,16 @@ class Outbox:
         """Make records unsent again (all, those of a study, of a uid, or only the refused); says how many."""
         where, values = _where(study, uid)
         state = "state = 'refused'" if refused_only else "state != 'unsent'"
-        self._db.execute("BEGIN IMMEDIATE")
-        if not refused_only:
-            self._db.execute(f"DELETE FROM runs WHERE 1{where}", values)
-        changed = self._db.execute(
-            f"UPDATE records SET state = 'unsent', reason = NULL WHERE {state}{where}", values
-        ).rowcount
-        self._db.execute("COMMIT")
-        return changed
+        with self._transaction():
+            if not refused_only:
+                self._db.execute(f"DELETE FROM runs WHERE 1{where}", values)
+            return self._db.execute(
+                f"UPDATE records SET state = 'unsent', reason = NULL WHERE {state}{where}", values
+            ).rowcount
 
     def _update(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.executemany(statement, rows)
-        self._db.execute("COMMIT")
+        with self._transaction():
+            self._db.executemany(statement, rows)
 
     def unsent(self, study: str | None = None) -> int:
         """How many records still wait (refused ones do not: see counts)."""
@@ -217,10 +271,95 @@ class Outbox:
 
     def delete(self, study: str) -> None:
         """Forget a study and everything recorded of it."""
-        self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
+            self._delete(study)
+
+    def _delete(self, study: str) -> None:
         for table in ("records", "runs"):
             self._db.execute(f"DELETE FROM {table} WHERE study = ?", (study,))
-        self._db.execute("COMMIT")
+
+    # ---- which study is which
+
+    def names(self) -> dict[str, str]:
+        """Id -> name of every study here, oldest first; of two studies of one name the newer comes later."""
+        rows = self._db.execute(
+            "SELECT r.study, (SELECT b.payload FROM records b WHERE b.uid = r.study AND b.kind = 'study_begun')"
+            " FROM records r GROUP BY r.study ORDER BY MIN(r.id)"
+        )
+        return {study: (payload and json.loads(payload)["spec"].get("name")) or study for study, payload in rows}
+
+    def ids(self, name: str) -> list[str]:
+        """The ids of all studies of that name, the newest last."""
+        return [study for study, named in self.names().items() if named == name]
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a study another id, in everything that is recorded of it; again, or without such a study: nothing.
+
+        What is here under the new id already stays; of a record that is here under both, the one with the new id.
+        """
+        with self._transaction():
+            self._rename(old, new)
+
+    def fork(self, old: str, new: str, *, keep_links: bool) -> None:
+        """Make a study of this home, which was copied, one of its own, with an id of its own.
+
+        keep_links: its runs were copied too (an embedded MLflow), and only have to learn their new id. Otherwise
+        they belong to the home that was copied, and all of it is to be sent again, to runs that are yet to be made.
+        """
+        with self._transaction():
+            self._rename(old, new)
+            for begun in self.records(new, "study_begun"):
+                payload = begun.payload | {"formerly": [*formerly(begun.payload), old] if keep_links else []}
+                self._db.execute(
+                    "UPDATE records SET payload = ?, state = 'unsent', reason = NULL WHERE id = ?",
+                    (json.dumps(payload), begun.id),
+                )
+            if not keep_links:
+                self._db.execute("DELETE FROM runs WHERE study = ?", (new,))
+                self._db.execute("UPDATE records SET state = 'unsent', reason = NULL WHERE study = ?", (new,))
+
+    def _rename(self, old: str, new: str) -> None:
+        # uids inside of payloads: those of the trials that a study's end tells of
+        for record in self._select("study = ? AND kind = 'study_ended'", old):
+            best = [_renamed(uid, old, new) for uid in record.payload["best"]]
+            repeated = {_renamed(uid, old, new): v for uid, v in record.payload.get("repeated", {}).items()}
+            payload = json.dumps(record.payload | {"best": best, "repeated": repeated})
+            self._db.execute("UPDATE records SET payload = ? WHERE id = ?", (payload, record.id))
+        for table in ("records", "runs"):
+            self._db.execute(
+                f"UPDATE OR IGNORE {table} SET study = ?, uid = ? || substr(uid, ?) WHERE study = ?",
+                (new, new, len(old) + 1, old),
+            )
+        self._delete(old)
+
+
+def formerly(begun: Mapping[str, Any]) -> list[str]:
+    """The ids under which a study was known before, oldest first, by what it said at its beginning."""
+    ids = begun.get("formerly") or []
+    return [ids] if isinstance(ids, str) else list(ids)
+
+
+def _renamed(uid: str, old: str, new: str) -> str:
+    return new + uid[len(old) :] if uid == old or uid.startswith(f"{old}/") else uid
+
+
+def _is_copied(known: Path, path: Path, home: str) -> bool:
+    """Whether the journal of that home is still at its known path too, in another file than this one.
+
+    A folder that cannot be looked into counts as such: to take a copy for the home itself would mix two studies.
+    """
+    try:
+        if not known.exists() or known.samefile(path):
+            return False
+        known.open("rb").close()
+    except OSError:
+        return True
+    try:
+        # immutable: neither a lock nor a file beside it, in a folder that may belong to somebody else
+        with closing(sqlite3.connect(f"{known.as_uri()}?immutable=1", uri=True)) as other:
+            return bool(other.execute("SELECT id FROM home").fetchone()[0] == home)
+    except sqlite3.Error:  # no journal
+        return False
 
 
 def _where(study: str | None, uid: str | None = None) -> tuple[str, list[str]]:
@@ -258,15 +397,18 @@ def study_begun(
     *,
     dimensions: Mapping[str, str] | None = None,
     optuna_study_id: int | None = None,
+    formerly: str | None = None,
 ) -> Record:
     """The experiment, its description and its saved view.
 
+    study: its id; its name is spec["name"]. formerly: the id that an older version, or a copied home, gave it,
+    for as long as something published may carry it.
     dimensions: what is searched, name -> "log" | "linear" | "choice"; log ones get log10_ companions.
     """
     payload = {
         "spec": dict(spec), "tags": dict(tags), "dimensions": dict(dimensions or {}),
         "optuna_study_id": optuna_study_id,
-    }  # fmt: skip
+    } | ({"formerly": [formerly]} if formerly else {})  # fmt: skip
     return Record("study_begun", study, study, 0, when, payload)
 
 
@@ -289,9 +431,16 @@ def trial_begun(
     return Record("trial_begun", study, uid, 0, when, payload)
 
 
-def trial_progress(study: str, uid: str, seq: int, when: float, points: Sequence[Point]) -> Record:
-    """The curve points of one slice; seq = the update count at its end, steps must grow."""
-    return Record("trial_progress", study, uid, seq, when, {"points": [list(point) for point in points]})
+def trial_progress(
+    study: str, uid: str, seq: int, when: float, points: Sequence[Point], *, recovered: bool = False
+) -> Record:
+    """The curve points of one slice; seq = the update count at its end, steps must grow.
+
+    recovered: put again from elsewhere, because the journal was lost. MLflow may have these points, with the times
+    at which they were first recorded: only those whose step it lacks are sent.
+    """
+    payload: dict[str, Any] = {"points": [list(point) for point in points]}
+    return Record("trial_progress", study, uid, seq, when, payload | ({"recovered": True} if recovered else {}))
 
 
 def trial_weights(

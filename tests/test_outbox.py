@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,118 @@ def test_putting_a_record_again_changes_nothing(box: Outbox) -> None:
     box.put([first])
     box.put([outbox.trial_begun("s", "s/a/1", "other", {}, {}, 999.0, {"number": 0}), first])
     assert box.pending() == [first]
+
+
+def test_a_study_that_begins_otherwise_is_told_of_again(box: Outbox) -> None:
+    """Another text of the study replaces the first at its place, unsent; the same one changes nothing."""
+    first = outbox.study_begun("s", {"name": "quick"}, {"version": "1"}, 100.0)
+    box.put([first, progress(1, 1)])
+    box.mark_sent([record.id for record in box.pending()])
+    box.put([outbox.study_begun("s", {"name": "quick"}, {"version": "1"}, 900.0)])
+    assert box.unsent() == 0
+    box.put([outbox.study_begun("s", {"name": "quick"}, {"version": "2"}, 900.0)])
+    (again,) = box.pending()
+    assert (again.payload["tags"], again.when) == ({"version": "2"}, 100.0)
+    box.put([outbox.study_begun("s", {"name": "quick"}, {"version": "2"}, 900.0, formerly="quick")])
+    box.put([outbox.study_begun("s", {"name": "quick"}, {"version": "3"}, 900.0)])
+    (last,) = box.records("s", "study_begun")
+    assert (last.payload["tags"], outbox.formerly(last.payload)) == ({"version": "3"}, ["quick"])
+
+
+def test_studies_of_one_name_are_told_apart(box: Outbox) -> None:
+    """Each id has its name, each name its ids, the newest last; without a beginning the id stands for the name."""
+    box.put([outbox.study_begun(i, {"name": name}, {}, 0.0) for i, name in [("b1", "x"), ("a2", "x"), ("c3", "y")]])
+    box.put([outbox.trial_begun("d4", "d4/a/1", "a", {}, {}, 0.0, {})])
+    assert box.names() == {"b1": "x", "a2": "x", "c3": "y", "d4": "d4"}
+    assert (box.ids("x"), box.ids("z")) == (["b1", "a2"], [])
+
+
+def ended(study: str) -> Record:
+    """A study's end that tells of one of its trials."""
+    uid = f"{study}/a/1"
+    return outbox.study_ended(study, 9.0, {"mean": 1.0}, best=[uid], repeated={uid: {"mean": 1.0}})
+
+
+def test_a_study_gets_another_id_in_everything_that_is_recorded(box: Outbox) -> None:
+    """Records, links and the uids within records carry it, what was sent stays so; a second time changes nothing."""
+    box.put([outbox.study_begun("s", {"name": "s"}, {}, 0.0), progress(1, 1), progress(2, 1, uid="s/b/1"), ended("s")])
+    box.put([outbox.study_begun("s-2", {"name": "s-2"}, {}, 0.0), progress(1, 1, uid="s-2/a/1")])
+    box.mark_sent([record.id for record in box.pending()])
+    box.link("s", "s", "7", "summary")
+    box.link("s", "s/a/1", "7", "run")
+    for _ in range(2):
+        box.rename("s", "1d")
+        assert box.names() == {"1d": "s", "s-2": "s-2"}
+        assert box.links() == {"1d": ("7", "summary"), "1d/a/1": ("7", "run")}
+        assert [len(box.records(uid)) for uid in ("1d", "1d/a/1", "1d/b/1", "s", "s/a/1")] == [2, 1, 1, 0, 0]
+        (end,) = box.records("1d", "study_ended")
+        assert (end.payload["best"], end.payload["repeated"]) == (["1d/a/1"], {"1d/a/1": {"mean": 1.0}})
+        assert box.unsent() == 0
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_copied_study_goes_its_own_way(box: Outbox, keep: bool) -> None:
+    """With its runs it has to send its new beginning alone; without them everything, and it claims no other's runs."""
+    box.put([outbox.study_begun("s", {"name": "s"}, {}, 0.0, formerly="old"), progress(1, 1), ended("s")])
+    box.mark_sent([record.id for record in box.pending()])
+    box.link("s", "s/a/1", "7", "run")
+    box.fork("s", "1d", keep_links=keep)
+    (begun,) = box.records("1d", "study_begun")
+    assert outbox.formerly(begun.payload) == (["old", "s"] if keep else [])
+    assert box.links() == ({"1d/a/1": ("7", "run")} if keep else {})
+    assert [record.kind for record in box.pending()] == (
+        ["study_begun"] if keep else ["study_begun", "trial_progress", "study_ended"]
+    )
+
+
+def test_a_home_that_is_moved_stays_itself_and_a_copy_does_not(tmp_path: Path) -> None:
+    """A moved journal keeps its id; a copied one gets its own and knows whose copy it is; the original keeps its."""
+    first, second, third = (tmp_path / name / "outbox" / "outbox.db" for name in ("first", "seco%nd é", "third"))
+    with Outbox(first) as box:
+        home = box.home
+    shutil.move(tmp_path / "first", tmp_path / "seco%nd é")
+    with Outbox(second) as box:
+        assert (box.home, box.was(home)) == (home, False)
+    shutil.copytree(tmp_path / "seco%nd é", tmp_path / "third")
+    for _ in range(2):
+        with Outbox(third) as box:
+            copied = box.home
+            assert copied != home
+            assert (box.was(home), box.was(copied)) == (True, False)
+        with Outbox(second) as box:
+            assert (box.home, box.was(copied)) == (home, False)
+    shutil.rmtree(tmp_path / "seco%nd é")
+    with Outbox(third) as box:
+        assert box.home == copied
+    (tmp_path / "link").symlink_to(tmp_path / "third")
+    with Outbox(tmp_path / "link" / "outbox" / "outbox.db") as box:
+        assert box.home == copied
+
+
+OLD_JOURNAL = """
+CREATE TABLE records (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, study TEXT NOT NULL, uid TEXT NOT NULL, kind TEXT NOT NULL,
+    seq INTEGER NOT NULL, time REAL NOT NULL, payload TEXT NOT NULL, blob BLOB, last_step INTEGER,
+    state TEXT NOT NULL DEFAULT 'unsent', reason TEXT, UNIQUE (uid, kind, seq));
+CREATE TABLE runs (uid TEXT PRIMARY KEY, study TEXT NOT NULL, experiment_id TEXT NOT NULL, run_id TEXT NOT NULL);
+CREATE TABLE home (id TEXT NOT NULL);
+INSERT INTO home VALUES ('00c0ffee00c0ffee');
+INSERT INTO records (study, uid, kind, seq, time, payload, state) VALUES
+    ('quick', 'quick', 'study_begun', 0, 1.0, '{"spec": {"name": "quick"}, "tags": {}}', 'sent'),
+    ('quick', 'quick/s0.i0.r0/1', 'trial_begun', 0, 2.0, '{"name": "a"}', 'sent');
+INSERT INTO runs VALUES ('quick/s0.i0.r0/1', 'quick', '1', 'run');
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_journal_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """Its study has its name as its id until it is given one; the home keeps its id."""
+    with closing(sqlite3.connect(tmp_path / "outbox.db")) as database:
+        database.executescript(OLD_JOURNAL)
+    for _ in range(2):
+        with Outbox(tmp_path / "outbox.db") as box:
+            assert (box.home, box.names(), box.unsent()) == ("00c0ffee00c0ffee", {"quick": "quick"}, 0)
+            assert box.links() == {"quick/s0.i0.r0/1": ("1", "run")}
 
 
 def test_a_put_is_all_or_nothing(box: Outbox) -> None:
