@@ -410,7 +410,7 @@ class Runner:
         trial = self._prepare(_again(attempt), attempt.attempt, attempt.trial_id, attempt.number)
         if trial is None:
             return
-        if attempt.attrs.get("home", self.home) != self.box.home:
+        if (attempt.home or self.home) != self.box.home:
             self._leave(attempt, trial)
             return
         with suppress(OSError, ValueError):  # it may have died before its first slice was in
@@ -658,6 +658,7 @@ class Runner:
             self.clock(),
             dimensions=kinds,
             optuna_study_id=self.record.study_id,
+            formerly=self.spec.name if self.record.attr("formerly") else None,
         )
         self.box.put([begun])
         self.record.set_attr("home", self.box.home)

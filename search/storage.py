@@ -61,6 +61,7 @@ PATIENCE = 600.0  # seconds that the owner of a study waits for a database that 
 LOCK_SECONDS = 0.5  # somebody who only looks whether a study is owned holds its lock for a moment
 RETAKE_SECONDS = 30.0  # a lock may be held by our own dead connection until the server notices
 DECIDED = "points."  # begins the names of the study's attributes with the points of begun stages
+HOME = "sieve:home"  # system attribute of an attempt: not a part of what a trial is, which no home changes
 LEFT = "left"  # user attribute of an attempt whose slot gets another one without being asked
 SCHEMA = "schema of the database"  # what its lock is named after; no study can have this name
 
@@ -80,6 +81,7 @@ class Attempt:
     state: TrialState
     value: float | None
     attrs: dict[str, Any]
+    home: str | None = None  # the id of the home that trained it; older versions did not say
 
     @property
     def done(self) -> bool:
@@ -510,6 +512,7 @@ class StudyRecord:
                 state=trial.state,
                 value=trial.value,
                 attrs=trial.user_attrs,
+                home=trial.system_attrs.get(HOME),
             )
             for trial in self.storage.get_all_trials(self.study_id, deepcopy=False)
             if "slot" in trial.user_attrs
@@ -534,13 +537,13 @@ class StudyRecord:
             "repeat": slot.repeat,
             "attempt": attempt,
             "overrides": proposal.overrides,
-            "home": home,
         }
         trial = create_trial(
             state=TrialState.RUNNING,
             params=proposal.params,
             distributions={name: distributions[name] for name in proposal.params},
             user_attrs=attrs,
+            system_attrs={HOME: home},
         )
         doubtful = False
 

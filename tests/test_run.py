@@ -36,7 +36,7 @@ from search.outcome import export, open_study, standing
 from search.plan import Slot
 from search.runner import MOST_COLUMNS, Runner, Status, Trial, groups
 from search.settings import Settings
-from search.storage import Attempt, owned
+from search.storage import Attempt, locked
 from search.study import StudySpec
 from tests.conftest import QUICK, stop_after_first_slice
 
@@ -295,7 +295,7 @@ def test_no_trial_begins_after_a_limit_of_minutes(settings: Settings, quick: Spe
 
 def test_a_second_runner_is_refused(settings: Settings, quick: Spec) -> None:
     """While a study has an owner, another launch of it says so and touches nothing."""
-    with owned(settings.storage, "quick"), pytest.raises(StudyBusy, match="sieve stop quick"):
+    with locked(settings.storage, "quick", "quick"), pytest.raises(StudyBusy, match="sieve stop quick"):
         launch(quick(), settings)
     assert not (settings.home / "sieve.db").exists()
 

@@ -730,6 +730,8 @@ def test_errors_survive_pickling_and_know_their_exit_code() -> None:
         errors.SettingsError("x"): (2, "x"),
         errors.DiskError("f.db", "disk full"): (1, "f.db: disk full; nothing that was stored is lost"),
         errors.StudyFailed("x"): (1, "x"),
+        errors.StudyTaken("x"): (1, "study 'x' was taken over by another runner"),
+        errors.StudyGone("x"): (1, "study 'x' was deleted while it ran"),
         errors.StorageLost("x"): (1, "x"),
         errors.WorkersLost("x"): (1, "x"),
         errors.Interrupted("x"): (130, "x"),
