@@ -378,14 +378,16 @@ def sync(
         from search import tracking
 
         settings = Settings.from_environment()
-        if redo:
-            tracking.redo(settings, study)
+        # Every study that has, or had, that name: one that was deleted may have something unsent too.
+        studies = [None] if study is None else tracking.ids(settings, study)
+        for known in studies if redo else []:
+            tracking.redo(settings, known)
         if follow is not None:
-            tracking.publish(settings, follow=True, parent=follow, study=study, warn=_say)
+            tracking.publish(settings, follow=True, parent=follow, study=studies[-1], warn=_say)
         else:
             from search.show import countdown
 
-            left = tracking.publish(settings, study=study, warn=_say, show=countdown(_say))
+            left = sum(tracking.publish(settings, study=s, warn=_say, show=countdown(_say)) for s in studies)
             said = "everything is sent" if not left else f"{left} records could not be sent; try again later"
             _show_json({"unsent": left}) if as_json else typer.echo(said)
             raise typer.Exit(1 if left else 0)

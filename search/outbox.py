@@ -31,6 +31,7 @@ from search.failpoint import failpoint
 Point = tuple[int, float, dict[str, float]]  # step, unix seconds, metrics
 
 VERSION = 2  # of the layout
+OUR_FAULT = "a fault of Sieve"  # so begins the reason of what was set aside though the server never saw it
 LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
@@ -258,6 +259,17 @@ class Outbox:
                 f"SELECT uid, kind, reason FROM records WHERE state = 'refused'{where} ORDER BY id", values
             )
         )
+
+    def complaints(self, study: str | None = None) -> list[str]:
+        """A line for each record that was set aside, naming its study: for whoever shows them to a person."""
+        names = self.names()
+        rows = []
+        for uid, kind, reason in self.refusals(study):
+            known, _, place = uid.partition("/")
+            what = f"{kind} of {'/'.join(filter(None, (names.get(known, known), place)))}"
+            fault = reason.startswith(OUR_FAULT)
+            rows.append(f"{what} could not be sent because of {reason}" if fault else f"{what} was refused: {reason}")
+        return rows
 
     def link(self, study: str, uid: str, experiment_id: str, run_id: str) -> None:
         """The publisher says which run shows a uid."""

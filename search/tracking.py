@@ -3,7 +3,8 @@
 A publisher is a process of its own. It asks MLflow for a run by the tag `sieve.uid`, creates it with that
 tag if there is none, and deletes twins that a lost reply left behind; metrics carry the time at which they
 were recorded, files have names that follow from what they show. So sending a record again changes nothing,
-and a record is marked as sent only after the server has it.
+and a record is marked as sent only after the server has it. In the same way an experiment is the study's whose
+id is its tag `sieve.id`, whatever it is called: names are given twice.
 """
 
 import base64
@@ -12,8 +13,12 @@ import logging
 import math
 import os
 import shutil
+import signal
+import sqlite3
 import tempfile
+import threading
 import time
+import traceback
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,16 +32,20 @@ import psutil
 from PIL.Image import Image
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from search import figures
+from search import embedded, figures
+from search.errors import SieveError, UnknownStudy
 from search.failpoint import failpoint
-from search.outbox import Outbox, Record, artifact_id, markdown, progress_points, unpack
+from search.outbox import OUR_FAULT, Outbox, Record, artifact_id, formerly, markdown, progress_points, unpack
 from search.settings import Settings, redact
 
 POLL_SECONDS = 0.3
 PATIENCE = 30.0  # seconds without success after which a publisher that nobody waits for gives up
 BATCH = 64  # records fetched at a time
 MOST_FAILURES = 10  # of one trial's records while the server answers everything else
+LOCK = ".publisher.lock"  # a name that no study can have
 UID = "sieve.uid"
+ID = "sieve.id"
+STUDY = "sieve.study"
 VIEW = "sieve"
 WIDE = {"Which setting won": 480, "Weights and confusion matrices": 800}  # sections of one column, and its height
 NAME = {"attributes.`Run Name`": 340}  # the table's first column, and its width ...
@@ -49,6 +58,7 @@ LONGEST_DIGEST = 36
 LONGEST_NOTE = 8000
 NEVER = (400, 413, 422)  # a server that answers so will answer so again ...
 RACE = ("IntegrityError", "UniqueViolation")  # ... but for 400 where another client wrote the same row just before
+GONE = "must be in the 'active' state"  # 400 for a run, or an experiment, that was deleted
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -75,30 +85,65 @@ def publish(
     warn: Callable[[str], None] = lambda text: None,
     show: Callable[[int], None] = lambda left: None,
 ) -> int:
-    """Send what the outbox holds (of one study, or all) and say how many records are left in it.
+    """Send what the outbox holds (of one study, by its id, or all) and say how many records are left in it.
 
     follow: go on while the process `parent` lives; without, drain the outbox once, and send again what
     the server refused or has lost. After `timeout` seconds (30) in which nothing could be sent it
     gives up, but never while the parent lives, and warns why. A home has one publisher at a time: a second one waits.
-    Before each batch it shows how many records are left.
+    Before each batch it shows how many records are left. SIGTERM, SIGINT and SIGHUP end one that follows, between
+    two records.
     """
     patience = PATIENCE if timeout is None else timeout
-    wanted = _watch(parent) if follow else lambda: False
+    alive = _watch(parent) if follow else lambda: False
     if follow:
         os.nice(10)
-    with Outbox(settings.outbox) as box:
-        with _turn(settings, lambda: wanted() or box.unsent(study) > 0, wanted, patience) as mine:
-            publisher = _Publisher(settings, box)
+    with _told_to_end(follow) as ended, Outbox(settings.outbox) as box:
+
+        def wanted() -> bool:
+            return alive() and not ended.is_set()
+
+        def needed() -> bool:
+            return wanted() or (not ended.is_set() and box.unsent(study) > 0)
+
+        with _turn(settings, needed, wanted, patience) as mine:
+            publisher = _Publisher(settings, box, warn, ended)
             if mine and (trouble := _drain(publisher, wanted, study, patience, show, repair=not follow)):
                 warn(trouble)
-        for uid, kind, reason in box.refusals(study)[:MOST_REASONS]:
-            warn(f"{kind} of {uid} was refused: {reason}")
-        counts = [n for name, n in box.counts().items() if study in (None, name)]
+        complaints = box.complaints(study)
+        for line in complaints[:MOST_REASONS]:
+            warn(line)
+        if len(complaints) > MOST_REASONS:
+            warn(f"... and {len(complaints) - MOST_REASONS} more")
+        counts = [n for known, n in box.counts().items() if study in (None, known)]
         return sum(n.unsent + n.refused for n in counts)
 
 
+@contextmanager
+def _told_to_end(follow: bool) -> Iterator[threading.Event]:
+    """Set by the first signal to end: who is in the middle of a database's update must not be cut short there."""
+    ended = threading.Event()
+    if not follow or threading.current_thread() is not threading.main_thread():
+        yield ended
+        return
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in signals}
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ids(settings: Settings, name: str) -> list[str]:
+    """The ids of all studies of that name of which the outbox holds anything. Raises UnknownStudy."""
+    with Outbox(settings.outbox) as box:
+        if not (found := box.ids(name)):
+            raise UnknownStudy(name, sorted(set(box.names().values())))
+        return found
+
+
 def redo(settings: Settings, study: str | None = None) -> int:
-    """Mark everything (of one study) as unsent, so that it is published again; says how many records."""
+    """Mark everything (of one study, by its id) as unsent, so that it is published again; says how many records."""
     with Outbox(settings.outbox) as box:
         return box.requeue(study=study)
 
@@ -143,7 +188,7 @@ def _turn(
 ) -> Iterator[bool]:
     """Hold the lock of the home's one publisher; False if another kept it and there is nothing to wait for."""
     settings.locks.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(settings.locks / "publisher.lock")
+    lock = filelock.FileLock(settings.locks / LOCK)
     since = time.monotonic()
     while True:
         try:
@@ -173,8 +218,13 @@ def _drain(
     Returns why it gave up, if it did.
     """
 
+    ended = publisher.ended
+
     def tired(state: RetryCallState) -> bool:
-        return not wanted() and (state.seconds_since_start or 0.0) > patience
+        return ended.is_set() or (not wanted() and (state.seconds_since_start or 0.0) > patience)
+
+    def pause(seconds: float) -> None:
+        ended.wait(seconds)
 
     def batch() -> bool:
         records = publisher.box.pending(BATCH, study)
@@ -187,27 +237,36 @@ def _drain(
         retry=retry_if_exception_type(_Waiting),
         wait=wait_random_exponential(multiplier=0.5, max=5),
         stop=tired,
+        sleep=pause,
         reraise=True,
     )
     try:
         if repair:
             publisher.box.requeue(study=study, refused_only=True)
             retrying(publisher.repair, study)
-        while True:
+        while not ended.is_set():
             last_look = not wanted()
             if not retrying(batch):
                 if last_look:
                     return None
-                time.sleep(POLL_SECONDS)
-    except _Waiting as error:
+                ended.wait(POLL_SECONDS)
+        return None
+    except (_Waiting, SieveError) as error:
         return _one_line(error)
 
 
 class _Publisher:
     """One connection to MLflow, and what it knows of the runs there."""
 
-    def __init__(self, settings: Settings, box: Outbox) -> None:
-        self.settings, self.box = settings, box
+    def __init__(
+        self,
+        settings: Settings,
+        box: Outbox,
+        warn: Callable[[str], None] = lambda text: None,
+        ended: threading.Event | None = None,
+    ) -> None:
+        self.settings, self.box, self.warn = settings, box, warn
+        self.ended = ended or threading.Event()  # set: leave after the record at hand
         self.runs: dict[str, tuple[str, str]] = {}  # uid -> (experiment id, run id)
         self.experiments: dict[str, str] = {}
         self.failures: dict[str, int] = {}
@@ -224,8 +283,7 @@ class _Publisher:
                 logging.getLogger(logger).setLevel(logging.ERROR)
             from mlflow import MlflowClient
 
-            if self.settings.tracking_uri.startswith("sqlite:///"):
-                Path(self.settings.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            embedded.prepare(self.settings)
             self._client = MlflowClient(tracking_uri=self.settings.tracking_uri)
         return self._client
 
@@ -238,14 +296,18 @@ class _Publisher:
             groups.setdefault((record.uid, record.kind if record.uid == record.study else ""), []).append(record)
         waiting: str | None = None
         for group in groups.values():
+            if self.ended.is_set():
+                return
             try:
                 self._send_group(group)
             except Exception as error:
-                if not _is_refusal(error):
+                if isinstance(error, SieveError):  # one line for a person, who alone can mend it
+                    raise
+                if (reason := _refusal(error)) is None:
                     waiting = f"{type(error).__name__}: {error}"
                     self._after_failure(group, error)
                 elif len(group) == 1:
-                    self.box.refuse([group[0].id], _one_line(error))
+                    self.box.refuse([group[0].id], reason)
                 else:
                     self._find_culprits(group)
         if waiting:
@@ -268,13 +330,13 @@ class _Publisher:
             try:
                 self._send_group([record])
             except Exception as error:
-                if not _is_refusal(error):
+                if (reason := _refusal(error)) is None:
                     raise _Waiting(str(error)) from error
-                self.box.refuse([record.id], _one_line(error))
+                self.box.refuse([record.id], reason)
 
     def _after_failure(self, group: Sequence[Record], error: Exception) -> None:
         """Go on with others if the server answers; a trial that fails again and again is set aside."""
-        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":  # MLflow was emptied meanwhile
+        if _is_gone(error):  # deleted by somebody, or MLflow was emptied meanwhile
             self.repair(group[0].study)
         try:
             self.client.search_experiments(max_results=1)
@@ -287,54 +349,136 @@ class _Publisher:
             self.box.refuse([record.id for record in group], _one_line(error))
 
     def repair(self, study: str | None = None) -> None:
-        """Make unsent again what MLflow has no run for any more. Raises _Waiting."""
-        for name in [name for name in self.box.counts() if study in (None, name)]:
+        """Make unsent again what MLflow does not show any more: it is made again. Raises _Waiting."""
+        for known in [known for known in self.box.counts() if study in (None, known)]:
+            self.acknowledged.clear()
+            self.experiments.pop(known, None)
             try:
-                found = self.client.get_experiment_by_name(name)
-                present = self._run_ids(found.experiment_id) if found else set()
+                found = self._find(known)
+                present = self._run_ids(self._experiment(known)) if found else set()
+            except SieveError:
+                raise
             except Exception as error:
                 raise _Waiting(_one_line(error)) from error
-            self.acknowledged.clear()
-            linked = self.box.links(name)
-            lost = [uid for uid, (_, run_id) in linked.items() if run_id not in present]
-            for uid in lost:
-                self.runs.pop(uid, None)
-                self.box.requeue(study=name, uid=uid)
+            for uid, (_, run_id) in self.box.links(known).items():
+                if run_id not in present:
+                    self.runs.pop(uid, None)
+                    self.box.requeue(study=known, uid=uid)
             if found is None:
-                self.experiments.pop(name, None)
-                self.box.requeue(study=name)
+                self._send_all_again(known)
+
+    def _send_all_again(self, study: str) -> None:
+        for uid in self.box.links(study):
+            self.runs.pop(uid, None)
+        self.box.requeue(study=study)
 
     def _run_ids(self, experiment_id: str) -> set[str]:
-        from mlflow.entities import ViewType
+        return {run.info.run_id for run in self._all_runs(experiment_id, "")}
 
-        ids, token = set(), None
+    def _all_runs(self, experiment_id: str, condition: str) -> list[Any]:
+        """All active runs of an experiment that meet a condition."""
+        runs: list[Any] = []
+        token = None
         while True:
-            page = self.client.search_runs([experiment_id], "", ViewType.ALL, 1000, page_token=token)
-            ids |= {run.info.run_id for run in page}
+            page = self.client.search_runs([experiment_id], condition, max_results=1000, page_token=token)
+            runs += page
             if not (token := page.token):
-                return ids
+                return runs
 
-    # ---- the study
+    # ---- the study's experiment
 
     def _experiment(self, study: str) -> str:
-        """The id of the study's experiment, made if need be; never MLflow's experiment 0."""
+        """The id of the study's experiment, found, taken over or made; never MLflow's experiment 0."""
+        if study not in self.experiments:
+            found = self._find(study) or self._make(study)
+            experiment_id = str(found.experiment_id)
+            if found.lifecycle_stage != "active":
+                self.client.restore_experiment(experiment_id)
+            if found.tags.get(ID) != study:
+                self.client.set_experiment_tag(experiment_id, ID, study)
+            for old in formerly(self._begun(study)):
+                self._retag(experiment_id, old, study)
+            if any(shown != experiment_id for shown, _ in self.box.links(study).values()):
+                self._send_all_again(study)  # what an older version wrote into another study's runs, say
+            self.experiments[study] = experiment_id
+        return self.experiments[study]
+
+    def _find(self, study: str) -> Any:
+        """The experiment with the study's id, or with one that it had before; None without."""
+        from mlflow.entities import ViewType
+
+        before = formerly(self._begun(study))
+        for known in (study, *reversed(before)):
+            found = self.client.search_experiments(ViewType.ALL, filter_string=f"tags.`{ID}` = '{known}'")
+            if found:  # the oldest, of twins that two publishers made at once
+                return min(found, key=lambda e: (e.lifecycle_stage != "active", len(e.experiment_id), e.experiment_id))
+        for name in (study, *before):  # an older version knew names only
+            if name in (self._name(study), *before):
+                found = self.client.get_experiment_by_name(name)
+                if found is not None and ID not in found.tags and found.tags.get(STUDY) == name:
+                    return found
+        return None
+
+    def _make(self, study: str) -> Any:
+        """A new experiment under the study's name, or under its name and id where that is somebody else's."""
         from mlflow.exceptions import MlflowException
 
-        if study not in self.experiments:
-            found = self.client.get_experiment_by_name(study)
-            if found is None:
-                embedded = self.settings.tracking_uri.startswith("sqlite:")
-                location = (self.settings.artifacts / study).as_uri() if embedded else None
-                try:
-                    self.client.create_experiment(study, location)
-                except MlflowException as error:  # made meanwhile, or by a call whose reply was lost
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                        raise
-                found = self.client.get_experiment_by_name(study)
-            if found.lifecycle_stage != "active":
-                self.client.restore_experiment(found.experiment_id)
-            self.experiments[study] = found.experiment_id
-        return self.experiments[study]
+        name, ours = self._name(study), self.settings.tracking_uri.startswith("sqlite:")
+        location = (self.settings.artifacts / study).as_uri() if ours else None
+        for label in _labels(name, study):
+            taken = self.client.get_experiment_by_name(label)
+            if taken is not None and not self._step_aside(taken, study):
+                continue
+            made = None
+            try:
+                made = self.client.create_experiment(label, location, tags={ID: study, STUDY: name})
+            except MlflowException as error:  # made meanwhile, or by a call whose reply was lost
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            if (found := self._find(study)) is not None:
+                if made not in (None, found.experiment_id):
+                    self.client.delete_experiment(made)
+                if found.name != name:
+                    self.warn(f"MLflow has an experiment '{name}' of somebody else: this study is '{found.name}' there")
+                return found
+        raise _Waiting(f"MLflow has experiments of somebody else under all names for study '{name}'")
+
+    def _step_aside(self, taken: Any, study: str) -> bool:
+        """Give the experiment of another study of this home another name; False if it is somebody else's."""
+        other = taken.tags.get(ID)
+        if other is None:  # of an older version
+            linked = {shown for shown, _ in self.box.links(taken.name).values()}
+            other = taken.name if taken.experiment_id in linked else None
+        if other == study or other not in self.box.names():
+            return False
+        deleted = taken.lifecycle_stage != "active"
+        if deleted:
+            self.client.restore_experiment(taken.experiment_id)
+        labels = _labels(taken.name, "earlier" if other == taken.name else other)[1:]
+        free = [label for label in labels if self.client.get_experiment_by_name(label) is None]
+        label = free[0] if free else f"{labels[0]} {taken.experiment_id}"
+        self.client.rename_experiment(taken.experiment_id, label)
+        if deleted:
+            self.client.delete_experiment(taken.experiment_id)
+        else:
+            self.warn(f"MLflow's experiment '{taken.name}' of an earlier study is '{label}' now")
+        return True
+
+    def _retag(self, experiment_id: str, old: str, study: str) -> None:
+        """Let the runs that carry an id which the study had before carry its own, and so their pictures at home."""
+        runs = self._all_runs(experiment_id, f"tags.`{UID}` LIKE '{old}%'")
+        for run in runs:
+            before = run.data.tags[UID]
+            if before != old and not before.startswith(f"{old}/"):
+                continue
+            uid = study + before[len(old) :]
+            picture, target = (self.settings.trial_artifacts / artifact_id(name) for name in (before, uid))
+            if picture.exists() and not target.exists():
+                shutil.copyfile(picture, target)
+            self.client.set_tag(run.info.run_id, UID, uid)
+
+    def _name(self, study: str) -> str:
+        return str(self._begun(study)["spec"].get("name") or study)
 
     def _begun(self, study: str) -> dict[str, Any]:
         """What the study said of itself at its start."""
@@ -342,19 +486,21 @@ class _Publisher:
         return records[0].payload if records else {"spec": {}, "dimensions": {}, "tags": {}, "optuna_study_id": None}
 
     def _study_begun(self, record: Record) -> None:
-        experiment_id, begun = self._experiment(record.study), record.payload
-        tags = begun["tags"] | {"sieve.study": record.study}
-        for key, value in tags.items():
+        experiment_id = self._experiment(record.study)
+        for key, value in record.payload["tags"].items():
             self.client.set_experiment_tag(experiment_id, key, str(value))
-        self._describe(record, begun)
+        self._describe(record)
 
-    def _describe(self, record: Record, begun: Mapping[str, Any], result: str = "", *, by_mean: bool = False) -> None:
-        """The experiment's description and its saved view, at the study's beginning and with the result at its end."""
-        experiment_id, spec = self._experiment(record.study), begun["spec"]
-        charts, dashboard = links(self.settings, experiment_id)["charts"], self._dashboard(begun["optuna_study_id"])
+    def _describe(self, begun: Record) -> None:
+        """The experiment's description and its saved view, with the result if there is one."""
+        experiment_id, payload, spec = self._experiment(begun.study), begun.payload, begun.payload["spec"]
+        charts, dashboard = links(self.settings, experiment_id)["charts"], self._dashboard(payload["optuna_study_id"])
+        ended = self.box.records(begun.study, "study_ended", refused=False)[-1:]
+        result = _result(ended[0].payload["summary"]) if ended else ""
         parts = [spec.get("description"), f"[Charts]({charts}) · [Optuna dashboard]({dashboard})", result]
         text = "\n\n".join([part for part in parts if part] + [f"```json\n{json.dumps(spec, indent=2)}\n```"])
-        view = saved_view(spec, begun["dimensions"], _ms(record.when), by_mean=by_mean)
+        by_mean = bool(ended and ended[0].payload.get("repeated"))
+        view = saved_view(spec, payload["dimensions"], _ms(begun.when), by_mean=by_mean)
         for key, value in {NOTE: text[:LONGEST_NOTE], f"mlflow.sharedViewState.{VIEW}": view}.items():
             self.client.set_experiment_tag(experiment_id, key, value)
 
@@ -363,14 +509,10 @@ class _Publisher:
 
         summary = record.payload["summary"]
         experiment_id, run_id = self._run(record.study, record.study)
-        numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        chosen = summary.get("params") or {}
-        result = markdown({"chosen": name, "": value} for name, value in (chosen | numbers).items())
-        if stages := markdown(summary.get("stages") or []):
-            result += f"\n\n{stages}"
-        address = links(self.settings, experiment_id)
-        note = f"Result of study **{record.study}**: [charts]({address['charts']}), [table]({address['table']})"
-        note = f"{note}\n\n{result}"
+        chosen, numbers = summary.get("params") or {}, _numbers(summary)
+        address, name = links(self.settings, experiment_id), self._name(record.study)
+        note = f"Result of study **{name}**: [charts]({address['charts']}), [table]({address['table']})"
+        note = f"{note}\n\n{_result(summary)}"
         tags = {f"chosen.{name}": str(value) for name, value in chosen.items()} | {NOTE: note[:LONGEST_NOTE]}
         metrics = [Metric(f"summary/{k}", float(v), _ms(record.when), 0) for k, v in numbers.items()]
         self.client.log_batch(run_id, metrics, tags=[RunTag(k, v) for k, v in tags.items()])
@@ -387,16 +529,18 @@ class _Publisher:
             if self.box.records(uid, "trial_begun"):
                 both = [Metric(f"repeats/{k}", round(float(v), 6), _ms(record.when), 0) for k, v in figures_of.items()]
                 self.client.log_batch(self._run(record.study, uid)[1], both)
-        self._describe(record, self._begun(record.study), result, by_mean=bool(record.payload.get("repeated")))
+        for begun in self.box.records(record.study, "study_begun"):
+            self._describe(begun)
         self.client.set_terminated(run_id, "FINISHED", _ms(record.when))
 
     # ---- a trial
 
     def _run(self, study: str, uid: str) -> tuple[str, str]:
         """(experiment id, run id) of a trial's attempt, or of the study's summary; made if need be."""
+        experiment_id = self._experiment(study)  # first: what is known of the study's runs may change there
         if uid not in self.runs:
             known = self.box.links(study, uid).get(uid)
-            self.runs[uid] = known or (self._experiment(study), self._create_run(study, uid))
+            self.runs[uid] = known or (experiment_id, self._create_run(study, uid))
         return self.runs[uid]
 
     def _create_run(self, study: str, uid: str) -> str:
@@ -404,7 +548,7 @@ class _Publisher:
         experiment_id = self._experiment(study)
         if uid == study:
             begun = self.box.records(study)[0]
-            name, tags = "summary", {"study": study, "kind": "summary"}
+            name, tags = "summary", {"study": self._name(study), "kind": "summary"}
         else:
             started = self.box.records(uid, "trial_begun")
             if not started:
@@ -412,7 +556,7 @@ class _Publisher:
             begun = started[0]
             number, optuna_study = begun.payload["optuna"].get("number"), begun.payload["optuna"].get("study_id")
             name = begun.payload["name"]
-            tags = {k: str(v) for k, v in begun.payload["tags"].items()} | {"study": study, "kind": "trial"}
+            tags = {k: str(v) for k, v in begun.payload["tags"].items()} | {"study": self._name(study), "kind": "trial"}
             tags |= {"optuna.number": str(number), "optuna.url": self._dashboard(optuna_study, number)}
         runs = self._active_runs(experiment_id, uid)
         if not runs:
@@ -437,7 +581,8 @@ class _Publisher:
         _, run_id = self._run(study, uid)
         by_kind = {kind: [r for r in records if r.kind == kind] for kind in {r.kind for r in records}}
         begun, ended = by_kind.get("trial_begun"), by_kind.get("trial_ended")
-        metrics = _metrics(records)
+        recovered = [r for r in records if r.payload.get("recovered")]
+        metrics = _metrics([r for r in records if r not in recovered]) + self._lacking(run_id, recovered)
         tags: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -550,7 +695,7 @@ class _Publisher:
             parts.append(f"![first layer]({source})")
         parts.append(
             f"Stage **{place.get('stage', '?')}**, slot {place.get('slot', '?')}, attempt {place.get('attempt', 1)}"
-            f" of study [{study}]({links(self.settings, experiment_id)['charts']}) ·"
+            f" of study [{self._name(study)}]({links(self.settings, experiment_id)['charts']}) ·"
             f" [trial {number} in the Optuna dashboard]({self._dashboard(begun['optuna'].get('study_id'), number)})"
         )
         if reason:
@@ -591,18 +736,25 @@ class _Publisher:
         records = self.box.records(uid, "trial_progress", refused=False)
         if self.acknowledged >= {record.id for record in records}:
             return
-        points = _metrics(records)
         for _ in range(2):
-            missing = set()
-            for key in {point.key for point in points}:
-                there = {(m.step, m.timestamp) for m in self.client.get_metric_history(run_id, key)}
-                missing |= {(key, p.step, p.timestamp) for p in points if p.key == key} - {
-                    (key, *place) for place in there
-                }
-            if not missing:
+            if not (missing := self._lacking(run_id, records)):
                 return
-            self.client.log_batch(run_id, [p for p in points if (p.key, p.step, p.timestamp) in missing])
-        raise _Waiting(f"run {run_id} lacks {len(missing)} of {len(points)} points")
+            self.client.log_batch(run_id, missing)
+        raise _Waiting(f"run {run_id} lacks {len(missing)} of {len(_metrics(records))} points")
+
+    def _lacking(self, run_id: str, records: Sequence[Record]) -> list[Any]:
+        """The curve points of these records that the run does not hold.
+
+        A recovered point's time is not the one at which it was first recorded: its step alone tells it.
+        """
+        points = [(point, bool(record.payload.get("recovered"))) for record in records for point in _metrics([record])]
+        there: set[tuple[Any, ...]] = set()
+        for key in {point.key for point, _ in points}:
+            for m in self.client.get_metric_history(run_id, key):
+                there |= {(key, m.step, m.timestamp), (key, m.step)}
+        return [
+            p for p, by_step in points if ((p.key, p.step) if by_step else (p.key, p.step, p.timestamp)) not in there
+        ]
 
     def _dashboard(self, study_id: int | None, number: int | None = None) -> str:
         """The address of a study, or of a trial, in the Optuna dashboard."""
@@ -612,15 +764,41 @@ class _Publisher:
         return f"{page}/studies/{study_id}" + ("" if number is None else f"/trials?numbers={number}")
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether a record can never be sent, as against: not now."""
-    if isinstance(error, _Waiting):
-        return False
+def _refusal(error: Exception) -> str | None:
+    """Why a record can never be sent, as against: not now, which is None."""
+    if isinstance(error, _Waiting | SieveError | MemoryError | sqlite3.Error) or _is_gone(error):
+        return None
     if hasattr(error, "get_http_status_code"):  # an MlflowException
-        return error.get_http_status_code() in NEVER and not any(word in str(error) for word in RACE)
+        never = error.get_http_status_code() in NEVER and not any(word in str(error) for word in RACE)
+        return _one_line(error) if never else None
     if isinstance(error, OSError):  # connection, disk, or an HTTP answer about a file
-        return getattr(getattr(error, "response", None), "status_code", None) in NEVER
-    return isinstance(error, ValueError | KeyError | TypeError | IndexError)
+        never = getattr(getattr(error, "response", None), "status_code", None) in NEVER
+        return _one_line(error) if never else None
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(frame.f_globals.get("__name__", "").startswith("mlflow.") for frame, _ in frames):
+        return None  # an answer that MLflow's client could not read, say
+    return f"{OUR_FAULT}: {type(error).__name__}: {_one_line(error)}"
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether the run or the experiment is not there any more, or deleted."""
+    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST" or GONE in str(error)
+
+
+def _labels(name: str, study: str) -> list[str]:
+    """What the experiment of a study may be called, the best first."""
+    return list(dict.fromkeys([name, f"{name} ({study[:8]})", f"{name} ({study})"]))
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in summary.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _result(summary: Mapping[str, Any]) -> str:
+    """A study's result as tables: the choice, its figures, and the stages."""
+    rows = (summary.get("params") or {}) | _numbers(summary)
+    tables = [markdown({"chosen": k, "": v} for k, v in rows.items()), markdown(summary.get("stages") or [])]
+    return "\n\n".join(table for table in tables if table)
 
 
 def _metrics(records: Sequence[Record]) -> list[Any]:

@@ -99,8 +99,14 @@ def study_links(settings: Settings) -> list[str]:
     from search import tracking
 
     with Outbox(settings.outbox) as box:
-        shown = {uid: experiment for uid, (experiment, _) in box.links().items() if "/" not in uid}
-    return [f"  {study}: {tracking.links(settings, experiment)['charts']}" for study, experiment in shown.items()]
+        names, shown = box.names(), {uid: experiment for uid, (experiment, _) in box.links().items() if "/" not in uid}
+    newest = {name: study for study, name in names.items()}
+    lines = []
+    for study, name in names.items():
+        if study in shown:
+            label = name if newest[name] == study else f"{name} ({study[:8]})"
+            lines.append(f"  {label}: {tracking.links(settings, shown[study])['charts']}")
+    return lines
 
 
 def mlflow_command(settings: Settings, port: int) -> list[str]:
