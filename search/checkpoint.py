@@ -45,8 +45,8 @@ def save(path: Path, state: State, progress: Progress, of: str) -> None:
     write_atomically(path, write)
 
 
-def load(path: Path, of: str, fresh: State) -> tuple[State, Progress]:
-    """What `save` wrote, if it is a later state of the trial that begins as `fresh`.
+def load(path: Path, of: str, fresh: State | None = None) -> tuple[State, Progress]:
+    """What `save` wrote of this attempt, if it is a later state of the training that begins as `fresh`.
 
     Raises OSError if it is not there, ValueError if it is not whole, of another version, or of another trial.
     """
@@ -56,7 +56,7 @@ def load(path: Path, of: str, fresh: State) -> tuple[State, Progress]:
         raise
     except Exception as error:  # damage shows itself in many ways
         raise ValueError(f"{path}: {error}") from None
-    if _fit(state) != _fit(fresh):
+    if fresh and _fit(state) != _fit(fresh):
         raise ValueError(f"{path}: the state of another training")
     return state, progress
 

@@ -238,6 +238,14 @@ class Outbox:
         with self._transaction():
             self._db.executemany(statement, rows)
 
+    def attempts(self, study: str) -> dict[str, tuple[int | None, bool]]:
+        """uid -> the last step of its curves, and whether its end is here, of each attempt at a trial of the study."""
+        query = (
+            "SELECT uid, MAX(last_step), MAX(kind = 'trial_ended') FROM records WHERE study = ? AND uid != study"
+            " GROUP BY uid"
+        )
+        return {uid: (step, bool(ended)) for uid, step, ended in self._db.execute(query, (study,))}
+
     def unsent(self, study: str | None = None) -> int:
         """How many records still wait (refused ones do not: see counts)."""
         where, values = _where(study)

@@ -19,10 +19,11 @@ from core.data import Dataset
 from core.train import advance
 from search import COMMAND, outbox, plan
 from search.datasets import open_dataset
-from search.errors import Interrupted, StudyFileError, StudyGone, StudyTaken, UnknownStudy
+from search.errors import Interrupted, SieveError, StudyBusy, StudyFileError, StudyGone, StudyTaken, UnknownStudy
 from search.executor import open_executor
 from search.outbox import Outbox, Record
 from search.outcome import Outcome, best_first, conclude, open_study, study_note, summary
+from search.recover import recover
 from search.runner import REQUEST_SECONDS, STOP_SECONDS, Runner, Status, groups, is_asked, prepare
 from search.samplers import asker, check_packages
 from search.settings import Settings, redact
@@ -31,9 +32,12 @@ from search.storage import (
     StudyRecord,
     distribution,
     finished_attempts,
+    is_empty,
     is_owned,
+    open_storage,
     owned,
     registered,
+    study_names,
 )
 from search.study import StudySpec, narrowed
 
@@ -72,6 +76,7 @@ def launch(
     with registered(settings.storage, spec, digests, PATIENCE) as record, Outbox(settings.outbox) as box:
         record.warn = warn
         identify(record, box, settings)
+        recover(record, box, settings, time.time)
         runner: Runner | None = None
         with (
             publishing(box, record.id, settings, lambda: bool(runner and runner.stopping))
@@ -114,6 +119,23 @@ def open_datasets(spec: StudySpec, settings: Settings, warn: Callable[[str], Non
     for note in dict.fromkeys(note for _, notes in opened.values() for note in notes):
         warn(f"warning: {note}")
     return {stage.name: opened[spec.dataset_of(stage.name).model_dump_json()][0] for stage in plan.stages(spec)}
+
+
+def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:
+    """Put into this home's journal what it lacks of the studies that nobody runs now; `sieve sync` does so."""
+    if is_empty(settings.storage):
+        return
+    storage = open_storage(settings.storage)
+    for name in study_names(storage):
+        try:
+            record = StudyRecord(storage, name)
+            if record.attr("id") and not is_owned(record):
+                with Outbox(settings.outbox) as box, owned(record):
+                    recover(record, box, settings, time.time)
+        except StudyBusy:  # its runner has just begun, and does so itself
+            continue
+        except SieveError as error:
+            warn(str(error))
 
 
 def identify(record: StudyRecord, box: Outbox, settings: Settings) -> None:

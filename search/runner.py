@@ -33,6 +33,7 @@ from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
 from search.outcome import best_first, results, score, stages_in_words, study_note, versions
 from search.plan import WORST, Params, Proposal, Slot
+from search.recover import trial_begun
 from search.samplers import asker
 from search.settings import Settings
 from search.storage import (
@@ -667,26 +668,12 @@ class Runner:
             self.record.set_attr("pruning", note)
 
     def _trial_begun(self, trial: Trial) -> Record:
-        tags = {
-            "stage": trial.stage,
-            "slot": str(trial.slot),
-            "repeat": str(trial.slot.repeat),
-            "attempt": str(trial.attempt),
-            "dataset": trial.data.name,
-            "dataset_digest": trial.data.digest,
-            "version": __version__,
-            "configuration": f"{trial.slot.stage}.{trial.slot.index}",
-        }
-        params = trial.config.to_params() | trial.params
-        return outbox.trial_begun(
-            self.record.id,
-            self.record.uid(trial.slot, trial.attempt),
-            outbox.run_name(trial.params),
-            params,
-            tags,
-            self.clock(),
-            {"study_id": self.record.study_id, "number": trial.number},
+        attrs = {"stage": trial.stage}
+        attempt = Attempt(
+            trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, TrialState.RUNNING, None, attrs
         )
+        data = trial.data.name, trial.data.digest
+        return trial_begun(self.record, attempt, trial.config, data, self.clock())
 
     def _shown(self, trial: Trial, part: Progress, since: float, now: float) -> list[Record]:
         """The records of one slice of a trial. Its points are spread evenly over the time it took."""

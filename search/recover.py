@@ -1,0 +1,103 @@
+"""Put into the journal again what the storage and the checkpoints still hold of a study.
+
+A journal may be lost, or an older copy of it come back from a backup: then MLflow would never be shown what was
+trained meanwhile. What it was shown is sent once all the same: a recovered point is sent only if it is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+
+from optuna.trial import TrialState
+
+from core.train import TrainConfig
+from search import __version__, checkpoint, outbox
+from search.outbox import Outbox, Point, Record
+from search.settings import Settings
+from search.storage import Attempt, StudyRecord
+from search.study import METRICS, StudySpec
+
+STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
+
+
+def recover(record: StudyRecord, box: Outbox, settings: Settings, clock: Callable[[], float]) -> int:
+    """Put what is missing of the attempts that this home trained; says of how many. To be called by the owner."""
+    spec, home = record.spec, record.attr("home") or box.home
+    digests = record.attr("datasets") or {}
+    journal = box.attempts(record.id)
+    recovered = 0
+    for attempt in record.attempts():
+        uid = record.uid(attempt.slot, attempt.attempt)
+        last_step, ended = journal.get(uid, (None, False))
+        if ended or (attempt.home or home) != box.home:
+            continue
+        points, seq = _points(record, spec, attempt, settings, digests, clock())
+        new = [point for point in points if last_step is None or point[0] > last_step]
+        records = [outbox.trial_progress(record.id, uid, seq, clock(), new, recovered=True)] if new else []
+        if attempt.state in STATUS:
+            records.append(_ended(record, attempt, clock()))
+        if records:
+            config = spec.config(attempt.params, **attempt.attrs["overrides"])
+            data = spec.dataset_of(attempt.attrs["stage"]).name, digests.get(attempt.attrs["stage"], "")
+            box.put([trial_begun(record, attempt, config, data, clock()), *records])
+            recovered += 1
+    return recovered
+
+
+def trial_begun(
+    record: StudyRecord, attempt: Attempt, config: TrainConfig, data: tuple[str, str], when: float
+) -> Record:
+    """The beginning of an attempt's run in MLflow; `data` is the dataset's name and digest."""
+    name, digest = data
+    tags = {
+        "stage": attempt.attrs["stage"],
+        "slot": str(attempt.slot),
+        "repeat": str(attempt.slot.repeat),
+        "attempt": str(attempt.attempt),
+        "dataset": name,
+        "dataset_digest": digest,
+        "version": __version__,
+        "configuration": f"{attempt.slot.stage}.{attempt.slot.index}",
+    }
+    return outbox.trial_begun(
+        record.id,
+        record.uid(attempt.slot, attempt.attempt),
+        outbox.run_name(attempt.params),
+        config.to_params() | attempt.params,
+        tags,
+        when,
+        {"study_id": record.study_id, "number": attempt.number},
+    )
+
+
+def _points(
+    record: StudyRecord, spec: StudySpec, attempt: Attempt, settings: Settings, digests: dict[str, str], when: float
+) -> tuple[list[Point], int]:
+    """The curve points that are still known of an attempt, and a number for their record that no slice has.
+
+    A checkpoint holds all curves, the storage the study's metric alone.
+    """
+    path = settings.checkpoints / record.id / f"{attempt.slot}.{attempt.attempt}.npz"
+    of = f"{record.uid(attempt.slot, attempt.attempt)} on {digests.get(attempt.attrs['stage'])}"
+    with suppress(OSError, ValueError):
+        _, progress = checkpoint.load(path, of)
+        points = [(e.step, when, e.metrics) for e in progress.evaluations]
+        return points, -1 - max((step for step, *_ in points), default=0)
+    curve = record.curve(attempt.trial_id)
+    series = METRICS[spec.metric].series
+    points = [(step, when, {series: value}) for step, value in sorted(curve.items())]
+    return points, -1 - max(curve, default=0)
+
+
+def _ended(record: StudyRecord, attempt: Attempt, when: float) -> Record:
+    """How an attempt ended, as far as the storage knows: the figures and the reason, no weights."""
+    results = {
+        name: value
+        for name, value in attempt.attrs.items()
+        if isinstance(value, float) and math.isfinite(value) and name not in ("mean", "deviation")
+    }
+    reason = attempt.attrs.get("reason")
+    uid = record.uid(attempt.slot, attempt.attempt)
+    return outbox.trial_ended(record.id, uid, when, STATUS[attempt.state], reason, results)
