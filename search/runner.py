@@ -99,7 +99,7 @@ def prepare(
     slot = proposal.slot
     config = spec.config(proposal.params, **proposal.overrides)
     try:
-        state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat))
+        state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat), spec.keep)
     except (ValueError, MemoryError) as error:
         raise StudyFailed(f"slot {slot} cannot be trained: {error or 'out of memory'}") from None
     return Trial(slot, proposal.stage, dict(proposal.params), config, attempt, trial_id, number, data, state)
@@ -635,13 +635,17 @@ class Runner:
         return [(e.step, self.spec.value([e])) for e in progress.evaluations]
 
     def _results(self, trial: Trial) -> dict[str, float]:
+        """A trial's figures: of the evaluation that its value is of, but for `epochs`, which were trained in all."""
         evaluations, test = trial.progress.evaluations, trial.progress.test
         results: dict[str, float] = {"seconds": round(trial.state.seconds, 3)}
         if evaluations:
-            last = evaluations[-1].metrics
-            results |= {f"{part}_{kind}": last[f"{kind}/{part}"] for part in ("train", "val") for kind in KINDS}
+            reported = self.spec.reported(evaluations)
+            shown = (reported or evaluations[-1]).metrics
+            results |= {f"{part}_{kind}": shown[f"{kind}/{part}"] for part in ("train", "val") for kind in KINDS}
             results["best_val_accuracy"] = max(e.metrics["accuracy/val"] for e in evaluations)
             results["epochs"] = evaluations[-1].epoch
+            if reported and self.spec.keep:
+                results |= {self.spec.metric: reported.metrics[self.spec.keep.series], "best_epoch": reported.epoch}
         if test is not None:
             results |= {f"test_{kind}": value for kind, value in test.items()}
         return {name: value for name, value in results.items() if math.isfinite(value)}
