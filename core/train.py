@@ -112,6 +112,11 @@ class TrainConfig:
         params["hidden_sizes"] = str(list(self.hidden_sizes))
         return params
 
+    def length(self, examples: int) -> tuple[int, int]:
+        """Updates in all, and updates of an epoch, on so many training examples."""
+        per_epoch = math.ceil(examples / self.batch_size)
+        return self.updates or (self.epochs or 0) * per_epoch, per_epoch
+
     def cost(self, inputs: int, classes: int) -> int:
         """Floating-point operations per training example: 4 D H_1 + 6 * the inner layers'."""
         sizes = (*self.hidden_sizes, classes)
@@ -266,7 +271,7 @@ def start(
         raise ValueError(f"batch_size: expected at most the {examples} training examples, got {config.batch_size}")
     rng = np.random.default_rng(list(seed))
     layers = initial_layers(config, inputs, len(data.classes), rng)
-    per_epoch = math.ceil(examples / config.batch_size)
+    total, per_epoch = config.length(examples)
     return State(
         config=config,
         order=tuple(order),
@@ -277,7 +282,7 @@ def start(
             [(np.zeros_like(w), np.zeros_like(b)) for w, b in layers]
             for _ in range(optim.UPDATE_RULES[config.update_rule].remembers)
         ],
-        total=config.updates or (config.epochs or 0) * per_epoch,
+        total=total,
         per_epoch=per_epoch,
         keep=keep,
     )
@@ -289,9 +294,9 @@ def may_share(state: State) -> tuple[Any, ...]:
 
 
 def advance(
-    states: Sequence[State], data: Dataset, epochs: int, clock: Callable[[], float] = time.process_time
+    states: Sequence[State], data: Dataset, epochs: float, clock: Callable[[], float] = time.process_time
 ) -> tuple[list[State], list[Progress]]:
-    """Train a group of trials for up to `epochs` epochs; the given states stay as they are."""
+    """Train a group of trials for up to `epochs` epochs, to a whole update; the given states stay as they are."""
     if len({may_share(s) for s in states}) != 1:
         raise ValueError("advance: expected trials of equal batch size, order and update count")
     states = [replace(s, rng=copy.deepcopy(s.rng)) for s in states]
@@ -300,7 +305,7 @@ def advance(
         ((s, p) for s, p in zip(states, progress, strict=True) if not s.finished),
         key=lambda m: shape_key(m[0].config),
     )
-    goal = states[0].update + epochs * states[0].per_epoch
+    goal = states[0].update + max(1, round(epochs * states[0].per_epoch))
     with np.errstate(all="ignore"):  # a cost that is not finite is a result, not a warning
         while members and members[0][0].update < goal:
             members = _advance_until_one_leaves(members, data, goal, clock)
