@@ -50,8 +50,8 @@ def units(spec: StudySpec) -> list[int]:
 # ---- rungs
 
 
-def next_rung(pruner: Halving, unit: int, step: int) -> int:
-    """The first rung after a step: `least`, least * reduction, ... evaluations, in steps."""
+def next_rung(pruner: Halving, step: int, unit: int = 1) -> int:
+    """The first rung after a step: `least`, least * reduction, ... evaluations of so many steps each."""
     rung = pruner.least * unit
     while rung <= step:
         rung *= pruner.reduction
@@ -60,11 +60,11 @@ def next_rung(pruner: Halving, unit: int, step: int) -> int:
 
 def at_rungs(pruner: Halving, unit: int, curve: Curve) -> list[tuple[int, float]]:
     """The rungs that a trial has reached, in steps, and its score at the first evaluation there."""
-    found, rung = list[tuple[int, float]](), next_rung(pruner, unit, 0)
+    found, rung = list[tuple[int, float]](), next_rung(pruner, 0, unit)
     for step, score in curve:
         while rung <= step:
             found.append((rung, score))
-            rung = next_rung(pruner, unit, rung)
+            rung = next_rung(pruner, rung, unit)
     return found
 
 

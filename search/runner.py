@@ -366,7 +366,7 @@ class Runner:
         state, step = trial.state, trial.config.eval_every or 1
         if self.rungs:  # exactly to the evaluation at the next one
             done = trial.progress.evaluations[-1].step if trial.progress.evaluations else 0
-            rung = prune.next_rung(self.rungs, self.units[trial.slot.stage], done)
+            rung = prune.next_rung(self.rungs, done, self.units[trial.slot.stage])
             updates = math.ceil(rung / step) * (trial.config.eval_every or state.per_epoch)
             return (updates - state.update) / state.per_epoch
         whole = math.ceil(state.total / state.per_epoch)
