@@ -239,21 +239,26 @@ def softmax_loss(logits: Array, y: Array) -> tuple[Array, Array, Array]:
     """Cross-entropy of each example and its gradient.
 
     Returns (loss [K, B], correct [K, B] bool, gradient [K, B, C] of the summed loss by the logits):
-    loss = log(sum(exp(logits))) - logits[y],    gradient = softmax(logits) - onehot(y)
+    loss = log(sum(exp(logits))) - logits[y],    correct = argmax(logits) == y, of equals the first,
+    gradient = softmax(logits) - onehot(y)
     The logits may be overwritten.
     """
     k, b, c = logits.shape
     z = np.ascontiguousarray(logits.reshape(k * b, c).T)  # [C, K * B]: class by class, so that sums vectorise
     flat, right = z.reshape(-1), (y * (k * b) + np.arange(k * b).reshape(k, b)).reshape(-1)
-    z -= np.maximum.reduce(z, axis=0)
-    chosen = flat[right]  # 0 where the right class has the highest logit
+    highest = np.maximum.reduce(z, axis=0)
+    z -= highest
+    chosen = flat[right]
+    correct = (chosen == 0).reshape(k, b)
+    if np.count_nonzero(z == 0) != np.count_nonzero(np.isfinite(highest)):  # ties, too rare to be looked for row by row
+        correct = z.argmax(axis=0).reshape(k, b) == y
     np.exp(z, out=z)
     total = np.add.reduce(z, axis=0)
     loss = np.log(total) - chosen
     z /= total
     flat[right] -= 1
     gradient = np.ascontiguousarray(z.T).reshape(k, b, c)
-    return loss.reshape(k, b), (chosen == 0).reshape(k, b), gradient
+    return loss.reshape(k, b), correct, gradient
 
 
 def backward(population: Population, activity: Activity, gradient: Array) -> tuple[Array, list[list[Array]]]:

@@ -112,6 +112,11 @@ class TrainConfig:
         params["hidden_sizes"] = str(list(self.hidden_sizes))
         return params
 
+    def length(self, examples: int) -> tuple[int, int]:
+        """Updates in all, and updates of an epoch, on so many training examples."""
+        per_epoch = math.ceil(examples / self.batch_size)
+        return self.updates or (self.epochs or 0) * per_epoch, per_epoch
+
     def cost(self, inputs: int, classes: int) -> int:
         """Floating-point operations per training example: 4 D H_1 + 6 * the inner layers'."""
         sizes = (*self.hidden_sizes, classes)
@@ -187,9 +192,25 @@ class Progress:
     """What a slice of a trial brought forth."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
-    snapshots: list[Snapshot] = field(default_factory=list)  # at the start, the middle and the end
-    test: dict[str, float] | None = None  # at the end: loss, accuracy
-    confusion: Array | None = None  # at the end: [C, C] counts on the test split, rows are the true classes
+    snapshots: list[Snapshot] = field(default_factory=list)  # at the start, the middle, and of the final weights
+    test: dict[str, float] | None = None  # of the final weights, at the end: loss, accuracy
+    confusion: Array | None = None  # like test: [C, C] counts on the test split, rows are the true classes
+
+
+class Keep(NamedTuple):
+    """Which evaluation is the best, for trials whose final weights are those of the best one instead of the last."""
+
+    series: str  # one of Evaluation.metrics
+    maximise: bool
+
+
+class Kept(NamedTuple):
+    """A trial's network at the best evaluation so far, the first of equal ones."""
+
+    value: float
+    step: int
+    layers: Layers
+    scale: float
 
 
 @dataclass
@@ -211,32 +232,46 @@ class State:
     seconds: float = 0.0
     diverged: str | None = None
     finished: bool = False
+    keep: Keep | None = None
+    kept: Kept | None = None  # with `keep`, from the first evaluation on
+
+    @property
+    def final(self) -> State:
+        """The state with the layers that the trial's result is of: the kept ones if there are any."""
+        return replace(self, layers=self.kept.layers, scale=self.kept.scale, memory=[]) if self.kept else self
 
     @property
     def weights(self) -> Layers:
-        (w, b), *rest = self.layers
-        return [(w * np.float32(self.scale), b), *rest]
+        """The layers of `final`, ready to be used."""
+        final = self.final
+        (w, b), *rest = final.layers
+        return [(w * np.float32(final.scale), b), *rest]
 
 
 @dataclass(frozen=True)
 class FitResult:
     config: TrainConfig
     history: list[Evaluation]
-    weights: Layers  # [(W [d_in, d_out], b [d_out]), ...]
-    test: dict[str, float] | None  # loss, accuracy
-    confusion: Array | None  # [C, C], rows are the true classes
+    weights: Layers  # [(W [d_in, d_out], b [d_out]), ...] of the last evaluation; with `keep`, of the best one
+    test: dict[str, float] | None  # of these weights: loss, accuracy
+    confusion: Array | None  # of these weights: [C, C], rows are the true classes
     seconds: float
     diverged: str | None  # the reason, if training stopped at a cost that is not finite
 
 
-def start(config: TrainConfig, data: Dataset, seed: Sequence[int], order: Sequence[int] = (0,)) -> State:
-    """A trial before its first update; `seed` decides weights and dropout, `order` the order of the data."""
+def start(
+    config: TrainConfig, data: Dataset, seed: Sequence[int], order: Sequence[int] = (0,), keep: Keep | None = None
+) -> State:
+    """A trial before its first update; `seed` decides weights and dropout, `order` the order of the data.
+
+    With `keep`, its final weights, and the test figures with them, are those of its best evaluation.
+    """
     examples, inputs = data.train.x.shape
     if config.batch_size > examples:
         raise ValueError(f"batch_size: expected at most the {examples} training examples, got {config.batch_size}")
     rng = np.random.default_rng(list(seed))
     layers = initial_layers(config, inputs, len(data.classes), rng)
-    per_epoch = math.ceil(examples / config.batch_size)
+    total, per_epoch = config.length(examples)
     return State(
         config=config,
         order=tuple(order),
@@ -247,8 +282,9 @@ def start(config: TrainConfig, data: Dataset, seed: Sequence[int], order: Sequen
             [(np.zeros_like(w), np.zeros_like(b)) for w, b in layers]
             for _ in range(optim.UPDATE_RULES[config.update_rule].remembers)
         ],
-        total=config.updates or (config.epochs or 0) * per_epoch,
+        total=total,
         per_epoch=per_epoch,
+        keep=keep,
     )
 
 
@@ -258,9 +294,9 @@ def may_share(state: State) -> tuple[Any, ...]:
 
 
 def advance(
-    states: Sequence[State], data: Dataset, epochs: int, clock: Callable[[], float] = time.process_time
+    states: Sequence[State], data: Dataset, epochs: float, clock: Callable[[], float] = time.process_time
 ) -> tuple[list[State], list[Progress]]:
-    """Train a group of trials for up to `epochs` epochs; the given states stay as they are."""
+    """Train a group of trials for up to `epochs` epochs, to a whole update; the given states stay as they are."""
     if len({may_share(s) for s in states}) != 1:
         raise ValueError("advance: expected trials of equal batch size, order and update count")
     states = [replace(s, rng=copy.deepcopy(s.rng)) for s in states]
@@ -269,7 +305,7 @@ def advance(
         ((s, p) for s, p in zip(states, progress, strict=True) if not s.finished),
         key=lambda m: shape_key(m[0].config),
     )
-    goal = states[0].update + epochs * states[0].per_epoch
+    goal = states[0].update + max(1, round(epochs * states[0].per_epoch))
     with np.errstate(all="ignore"):  # a cost that is not finite is a result, not a warning
         while members and members[0][0].update < goal:
             members = _advance_until_one_leaves(members, data, goal, clock)
@@ -284,7 +320,7 @@ def _advance_until_one_leaves(
     population = pack(states, data)
     for state, progress in members:
         if state.update == 0:
-            progress.snapshots.append(_snapshot(population, states.index(state), state))
+            progress.snapshots.append(_snapshot_of_member(population, states.index(state), state))
     while states[0].update < goal and not any(s.finished for s in states):
         began = clock()
         _train(population, states, data, min(goal, *(_next_stop(s) for s in states)))
@@ -296,14 +332,17 @@ def _advance_until_one_leaves(
         for k, (state, progress) in enumerate(members):
             if due[k]:
                 _record(state, progress, evaluations[k])
+                _keep(state, progress.evaluations[-1], population, k)
                 every = state.config.eval_every or state.per_epoch
-                if state.finished or state.update - every < state.total / 2 <= state.update:
-                    progress.snapshots.append(_snapshot(population, k, state))
+                if state.finished and state.kept:
+                    progress.snapshots.append(_snapshot(state.kept.step, state.kept.layers[0][0], state.kept.scale))
+                elif state.finished or state.update - every < state.total / 2 <= state.update:
+                    progress.snapshots.append(_snapshot_of_member(population, k, state))
     for k, state in enumerate(states):
         state.layers, state.scale, state.memory = save_member(population, k, len(state.memory))
     leavers = [k for k, s in enumerate(states) if s.finished and s.diverged is None]
     if leavers and data.test is not None:
-        loss, accuracy, confusion = evaluate(pack([states[k] for k in leavers], data), data, data.test)
+        loss, accuracy, confusion = evaluate(pack([states[k].final for k in leavers], data), data, data.test)
         for i, k in enumerate(leavers):
             members[k][1].test = {"loss": float(loss[i]), "accuracy": float(accuracy[i])}
             members[k][1].confusion = confusion[i]
@@ -488,6 +527,16 @@ def _record(state: State, progress: Progress, metrics: dict[str, float]) -> None
         state.finished = True
 
 
+def _keep(state: State, point: Evaluation, population: Population, k: int) -> None:
+    """Set the network aside if this trial asks for it and the point is its best so far."""
+    if state.keep is None or state.diverged:
+        return
+    value, sign = point.metrics[state.keep.series], 1 if state.keep.maximise else -1
+    if state.kept is None or sign * value > sign * state.kept.value:
+        layers, scale, _ = save_member(population, k, 0)
+        state.kept = Kept(value, point.step, layers, scale)
+
+
 def _eta(state: State, t: int) -> float:
     c = state.config
     return float(optim.SCHEDULES[c.schedule](c, np.array([t]), state.per_epoch, state.total)[0])
@@ -503,17 +552,23 @@ def _next_stop(state: State) -> int:
     return _next_evaluation(state, state.update)
 
 
-def _snapshot(population: Population, k: int, state: State) -> Snapshot:
-    columns = population.columns(k)
-    stop = min(columns.stop, columns.start + SNAPSHOT_UNITS)
-    scale = population.v.dtype.type(population.scale[k])
+def _snapshot_of_member(population: Population, k: int, state: State) -> Snapshot:
     step = state.update if state.config.eval_every else math.ceil(state.update / state.per_epoch)
-    return Snapshot(step, population.v[:, columns.start : stop] * scale)
+    return _snapshot(step, population.v[:, population.columns(k)], float(population.scale[k]))
 
 
-def fit(configs: Sequence[TrainConfig], data: Dataset, seed: int = 0, order: int = 0) -> list[FitResult]:
-    """Train each config to its end. Config i starts from seed (seed, i); all see the data in one order."""
-    states = [start(c, data, (seed, i), (order,)) for i, c in enumerate(configs)]
+def _snapshot(step: int, v: Array, scale: float) -> Snapshot:
+    return Snapshot(step, v[:, :SNAPSHOT_UNITS] * v.dtype.type(scale))
+
+
+def fit(
+    configs: Sequence[TrainConfig], data: Dataset, seed: int = 0, order: int = 0, keep: Keep | None = None
+) -> list[FitResult]:
+    """Train each config to its end. Config i starts from seed (seed, i); all see the data in one order.
+
+    The results are of the last evaluation, or with `keep`, of the best one.
+    """
+    states = [start(c, data, (seed, i), (order,), keep) for i, c in enumerate(configs)]
     history: list[Progress] = [Progress() for _ in states]
     while unfinished := [i for i, s in enumerate(states) if not s.finished]:
         share = may_share(states[unfinished[0]])

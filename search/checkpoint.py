@@ -10,10 +10,10 @@ import numpy as np
 
 from core.data import write_atomically
 from core.network import Array, Layers
-from core.train import Evaluation, Progress, State, TrainConfig
+from core.train import Evaluation, Keep, Kept, Progress, State, TrainConfig
 from search.failpoint import failpoint
 
-ARRAYS = ("config", "rng", "layers", "memory")  # the fields of State that JSON does not hold as they are
+ARRAYS = ("config", "rng", "layers", "memory", "kept")  # the fields of State that JSON does not hold as they are
 
 
 def save(path: Path, state: State, progress: Progress, of: str) -> None:
@@ -21,19 +21,21 @@ def save(path: Path, state: State, progress: Progress, of: str) -> None:
 
     `of` says whose state it is: which attempt, on which data.
     """
+    kept = state.kept
     plain = {name: value for name, value in vars(state).items() if name not in ARRAYS}
     header = {
         "of": of,
         "config": state.config.to_params(),
         "rng": state.rng.bit_generator.state,
         "remembers": len(state.memory),
+        "kept": kept and {"value": kept.value, "step": kept.step, "scale": kept.scale},
         "state": plain,
         "evaluations": [asdict(evaluation) for evaluation in progress.evaluations],
         "test": progress.test,
         "confusion": None if progress.confusion is None else progress.confusion.tolist(),
     }
     arrays = {"header": np.array(json.dumps(header))}
-    for i, layers in enumerate([state.layers, *state.memory]):
+    for i, layers in enumerate([state.layers, *state.memory, *([kept.layers] if kept else [])]):
         for j, (w, b) in enumerate(layers):
             arrays |= {f"{i}.{j}.w": w, f"{i}.{j}.b": b}
 
@@ -64,7 +66,7 @@ def load(path: Path, of: str, fresh: State | None = None) -> tuple[State, Progre
 def _fit(state: State) -> tuple[Any, ...]:
     """What no training changes."""
     shapes = [(w.shape, b.shape) for w, b in state.layers]
-    return state.config, state.order, state.total, state.per_epoch, shapes, len(state.memory)
+    return state.config, state.order, state.total, state.per_epoch, state.keep, shapes, len(state.memory)
 
 
 def _load(path: Path, of: str) -> tuple[State, Progress]:
@@ -81,15 +83,18 @@ def _load(path: Path, of: str) -> tuple[State, Progress]:
 
         rng = np.random.default_rng()
         rng.bit_generator.state = header["rng"]
+        remembers, kept = header["remembers"], header.get("kept")  # older checkpoints have none
         state = State(
             config=config,
             rng=rng,
             layers=layers(0),
-            memory=[layers(1 + i) for i in range(header["remembers"])],
+            memory=[layers(1 + i) for i in range(remembers)],
+            kept=Kept(**kept, layers=layers(1 + remembers)) if kept else None,
             **header["state"],
         )
     loss, accuracy, batches = state.running
-    state = replace(state, order=tuple(state.order), running=(loss, accuracy, batches))
+    keep = Keep(*state.keep) if state.keep else None
+    state = replace(state, order=tuple(state.order), running=(loss, accuracy, batches), keep=keep)
     evaluations = [Evaluation(**evaluation) for evaluation in header["evaluations"]]
     confusion = None if header["confusion"] is None else np.array(header["confusion"])
     return state, Progress(evaluations, [], header["test"], confusion)

@@ -211,7 +211,7 @@ def open_executor(address: str, workers: int | None) -> tuple[Executor, Callable
     return LocalExecutor(count), lambda: count
 
 
-def advance_here(states: Sequence[State], data: Dataset, epochs: int) -> Slice:
+def advance_here(states: Sequence[State], data: Dataset, epochs: float) -> Slice:
     """`advance` in a worker."""
     for state in states:
         failpoint(f"eta={state.config.eta:g}")
@@ -301,7 +301,7 @@ class DaskExecutor(Executor):
             self._client.close(timeout=CONNECT_SECONDS)
 
 
-def advance_elsewhere(states: Sequence[State], dataset: str, digest: str, epochs: int) -> Slice:
+def advance_elsewhere(states: Sequence[State], dataset: str, digest: str, epochs: float) -> Slice:
     """The same on a host of its own: `dataset` is the JSON of a DatasetSpec, `digest` that of its content."""
     return advance_here(states, own_copy(dataset, digest), epochs)
 

@@ -35,12 +35,12 @@ def objective(spec: StudySpec, data: Dataset | None = None) -> Callable[[optuna.
     """Train one trial epoch by epoch and return the metric of `spec`; reports to the study's pruner on the way.
 
     Raises optuna.TrialPruned when the pruner says so, or when training diverged. The trial's test figures are
-    user attributes; they are never part of the value.
+    user attributes, of the evaluation that the value is of; they are never part of the value.
     """
     dataset = data or open_dataset(spec.dataset, Settings.from_environment())[0]
 
     def train(trial: optuna.Trial) -> float:
-        state = start(suggest(trial, spec), dataset, (spec.seed, trial.number), (spec.seed, 0))
+        state = start(suggest(trial, spec), dataset, (spec.seed, trial.number), (spec.seed, 0), spec.keep)
         history, test = [], None
         while not state.finished:
             (state,), (progress,) = advance([state], dataset, 1)

@@ -84,10 +84,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class StageInfo:
-    """A stage and how many trials it has, repeats included."""
+    """A stage, how many trials it has (repeats included), and how it trains them."""
 
     name: str
     trials: int
+    overrides: dict[str, Any]  # what it sets over the study's base
+    like: int  # the first stage that trains a configuration in the same way: scores of such stages compare
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,16 @@ def _stages(spec: StudySpec) -> list[_Stage]:
 
 def stages(spec: StudySpec) -> list[StageInfo]:
     """The stages in order and how many trials each has; confirm may turn out to have fewer."""
-    return [StageInfo(stage.name, stage.configurations * len(stage.repeats)) for stage in _stages(spec)]
+    found = _stages(spec)
+    return [
+        StageInfo(
+            stage.name,
+            stage.configurations * len(stage.repeats),
+            stage.overrides,
+            next(k for k, other in enumerate(found) if stage.alike(other)),
+        )
+        for stage in found
+    ]
 
 
 def siblings(spec: StudySpec, slot: Slot) -> list[Slot]:
@@ -622,10 +633,14 @@ def _in_order(finished: Sequence[Finished]) -> list[Finished]:
 
 
 def _candidates(spec: StudySpec, finished: Sequence[Finished]) -> list[Result]:
-    """Every configuration tried so far, confirm apart, in the stages trained like the last one that has results."""
+    """Every configuration tried so far, confirm apart, in the stages trained like the last one that has a result.
+
+    Where everything failed or diverged in a stage with other epochs or data, those before it still count.
+    """
     plan = _stages(spec)
     searched = [f for f in _in_order(finished) if plan[f.slot.stage].name != "confirm"]
-    return results(f for f in searched if plan[f.slot.stage].alike(plan[searched[-1].slot.stage]))
+    last = next((plan[f.slot.stage] for f in reversed(searched) if f.score > WORST), None)
+    return results(f for f in searched if last and plan[f.slot.stage].alike(last))
 
 
 def results(finished: Iterable[Finished], key: Callable[[Finished], str] = lambda f: _key(f.params)) -> list[Result]:

@@ -21,7 +21,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
 from core.data import Dataset
@@ -100,7 +99,7 @@ def prepare(
     slot = proposal.slot
     config = spec.config(proposal.params, **proposal.overrides)
     try:
-        state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat))
+        state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat), spec.keep)
     except (ValueError, MemoryError) as error:
         raise StudyFailed(f"slot {slot} cannot be trained: {error or 'out of memory'}") from None
     return Trial(slot, proposal.stage, dict(proposal.params), config, attempt, trial_id, number, data, state)
@@ -162,7 +161,7 @@ class Flight:
     """A slice that an executor is working on."""
 
     trials: list[Trial]
-    epochs: int
+    epochs: float
     since: float
 
 
@@ -189,10 +188,11 @@ class Runner:
         self.distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
         self.datasets = datasets  # of each stage
         self.ask = asker(spec.search.method, self.distributions, spec.seed) if is_asked(spec) else None
-        self.pruner = prune.optuna_pruner(spec)
+        self.rivals = prune.rivals(spec)  # by stage
+        self.units = prune.units(spec)  # of the steps of each stage
         self.rungs = spec.pruner if isinstance(spec.pruner, Halving) and spec.pruner.barrier else None
         self.waiting: list[Trial] = []  # at a rung, for the rest of their stage
-        self.at_rung: dict[tuple[int, int], dict[Slot, float]] = {}  # (stage, evaluations) -> scores there
+        self.at_rung: dict[tuple[int, int], dict[Slot, float]] = {}  # (stage, rung) -> scores there
         self.held: dict[Slot, Trial] = {}  # last repeats that wait for the others of their configuration
         self.todo: deque[Proposal] = deque()
         self.ready: list[Trial] = []
@@ -223,8 +223,8 @@ class Runner:
         self.proposed_at = -1
         self.stages: list[dict[str, Any]] = []  # as they are in the storage by now
         self.before = len(self.settled) + len(self.failed)  # done by earlier launches
-        if self.rungs:
-            self._remember_rungs(self.rungs)
+        if spec.pruner:
+            self._remember_curves(attempts)
         self.todo.extend(_again(a) for a in failed_attempts(attempts, left=True).values())
         for attempt in attempts:
             if attempt.state == TrialState.RUNNING:
@@ -351,25 +351,27 @@ class Runner:
     def _submit(self, trials: list[Trial]) -> None:
         seconds = min(max(SLICE_SECONDS, self.way / WAY_SHARE), MOST_SLICE_SECONDS)
         seconds /= 10 ** max(t.losses for t in trials)  # short enough to get through if workers die
-        epochs = round(seconds * self.rate / sum(t.cost for t in trials))
-        epochs = max(1, min(epochs, *(self._most_epochs(t) for t in trials)))
+        epochs = max(1, round(seconds * self.rate / sum(t.cost for t in trials)))
+        most = min(epochs, *(self._most_epochs(t) for t in trials))
         states, data = [t.state for t in trials], trials[0].data
         if self.settings.executor == "local":
-            future = self.executor.submit(advance_here, states, data, epochs)
+            future = self.executor.submit(advance_here, states, data, most)
         else:
             dataset = self.spec.dataset_of(trials[0].stage).model_dump_json()
-            future = self.executor.submit(advance_elsewhere, states, dataset, data.digest, epochs)
+            future = self.executor.submit(advance_elsewhere, states, dataset, data.digest, most)
         self.lonely = False
-        self.flying[future] = Flight(trials, epochs, self.clock())
+        self.flying[future] = Flight(trials, most, self.clock())
 
-    def _most_epochs(self, trial: Trial) -> int:
+    def _most_epochs(self, trial: Trial) -> float:
         """How far a slice may go before its trial is compared with others."""
-        state, done = trial.state, len(trial.progress.evaluations)
-        per_evaluation = (trial.config.eval_every or state.per_epoch) / state.per_epoch
-        if self.rungs:
-            return max(1, round((prune.next_rung(self.rungs, done) - done) * per_evaluation))
+        state, step = trial.state, trial.config.eval_every or 1
+        if self.rungs:  # exactly to the evaluation at the next one
+            done = trial.progress.evaluations[-1].step if trial.progress.evaluations else 0
+            rung = prune.next_rung(self.rungs, done, self.units[trial.slot.stage])
+            updates = math.ceil(rung / step) * (trial.config.eval_every or state.per_epoch)
+            return (updates - state.update) / state.per_epoch
         whole = math.ceil(state.total / state.per_epoch)
-        return max(1, whole // prune.SLICES) if self.pruner else whole
+        return max(1, whole // prune.SLICES) if self.rivals else whole
 
     @property
     def done(self) -> bool:
@@ -435,20 +437,15 @@ class Runner:
         self.left.add(uid)
         self.todo.append(_again(attempt))
 
-    def _remember_rungs(self, rungs: Halving) -> None:
-        """The scores at rungs of trials that are settled: the others are measured against them."""
-        sign = 1 if self.spec.maximise else -1
-        for slot, attempt in self.settled.items():
-            if attempt.attrs["stage"] == "confirm":
+    def _remember_curves(self, attempts: list[Attempt]) -> None:
+        """What the pruner knew when the last launch ended: new trials are measured against these."""
+        curves, sign = self.record.curves(), 1 if self.spec.maximise else -1
+        for attempt in attempts:
+            if attempt.state == TrialState.FAIL:
                 continue
-            curve = self.record.curve(attempt.trial_id)
-            self._note_rungs(rungs, slot, [sign * curve[step] for step in sorted(curve)])
-
-    def _note_rungs(self, rungs: Halving, slot: Slot, scores: list[float]) -> None:
-        rung = prune.next_rung(rungs, 0)
-        while rung <= len(scores):
-            self.at_rung.setdefault((slot.stage, rung), {})[slot] = scores[rung - 1]
-            rung = prune.next_rung(rungs, rung)
+            curve = [(step, sign * value) for step, value in sorted(curves[attempt.trial_id].items())]
+            config = self.spec.config(attempt.params, **attempt.attrs["overrides"])
+            self._compare(attempt.slot, attempt.attrs["stage"], config, curve, attempt.state == TrialState.COMPLETE)
 
     # ---- a slice's end
 
@@ -513,28 +510,46 @@ class Runner:
 
     def _go_on(self, trial: Trial) -> None:
         """After a slice: settle the trial, cut it, let it wait at a rung, or make it ready for the next slice."""
-        done, judged = len(trial.progress.evaluations), trial.stage != "confirm"
-        if self.rungs and judged:
-            values = [self.spec.score([e]) for e in trial.progress.evaluations]
-            self._note_rungs(self.rungs, trial.slot, values)
+        complete = trial.state.finished and not trial.state.diverged
+        worse = self._compare(trial.slot, trial.stage, trial.config, self._scores(trial), complete)
         if trial.state.finished:
             self._finish(trial)
-        elif self.pruner and judged and self._is_worse(self.pruner, trial):
+        elif worse:
             self._cut(trial, f"pruned by {self.spec.pruner.method if self.spec.pruner else ''}")
-        elif done in {evaluations for stage, evaluations in self.at_rung if stage == trial.slot.stage}:
+        elif self._rung(trial):
             self.waiting.append(trial)
         else:
             self.ready.append(trial)
 
-    def _is_worse(self, pruner: BasePruner, trial: Trial) -> bool:
-        return self.record.retrying(prune.is_worse, pruner, self.record.storage, self.spec.name, trial.trial_id)
+    def _scores(self, trial: Trial) -> list[tuple[int, float]]:
+        """What its pruner sees of a trial."""
+        return [(e.step, self.spec.score([e])) for e in trial.progress.evaluations] if self.spec.pruner else []
+
+    def _compare(self, slot: Slot, stage: str, config: TrainConfig, curve: prune.Curve, complete: bool) -> bool:
+        """Enter how far a trial has come among those it is compared with, and say whether the pruner would stop it."""
+        if self.rungs and stage != "confirm":
+            for rung, score in prune.at_rungs(self.rungs, self.units[slot.stage], curve):
+                self.at_rung.setdefault((slot.stage, rung), {})[slot] = score
+        if slot.stage not in self.rivals:
+            return False
+        total, per_epoch = config.length(len(self.datasets[stage].train))
+        steps = total if config.eval_every else math.ceil(total / per_epoch)
+        return prune.is_worse(self.rivals[slot.stage], slot, curve, steps, complete)
+
+    def _rung(self, trial: Trial) -> int:
+        """The rung with a barrier at which a trial stands; 0 between two."""
+        if not self.rungs or trial.stage == "confirm":
+            return 0
+        unit, curve = self.units[trial.slot.stage], self._scores(trial)
+        reached, before = (prune.at_rungs(self.rungs, unit, points) for points in (curve, curve[:-1]))
+        return reached[-1][0] if len(reached) > len(before) else 0
 
     def _leave_rungs(self) -> None:
         """Let the best of a stage go on once all of it is settled, or waits at this rung or a later one."""
         if not self.waiting or not self.rungs or self.todo or self.ready or self.flying:
             return
-        rung = min(len(trial.progress.evaluations) for trial in self.waiting)
-        here = [trial for trial in self.waiting if len(trial.progress.evaluations) == rung]
+        rung = min(map(self._rung, self.waiting))
+        here = [trial for trial in self.waiting if self._rung(trial) == rung]
         self.waiting = [trial for trial in self.waiting if trial not in here]
         for trial in here:
             if trial.slot in prune.survivors(self.at_rung[trial.slot.stage, rung], self.rungs.reduction):
@@ -636,13 +651,17 @@ class Runner:
         return [(e.step, self.spec.value([e])) for e in progress.evaluations]
 
     def _results(self, trial: Trial) -> dict[str, float]:
+        """A trial's figures: of the evaluation that its value is of, but for `epochs`, which were trained in all."""
         evaluations, test = trial.progress.evaluations, trial.progress.test
         results: dict[str, float] = {"seconds": round(trial.state.seconds, 3)}
         if evaluations:
-            last = evaluations[-1].metrics
-            results |= {f"{part}_{kind}": last[f"{kind}/{part}"] for part in ("train", "val") for kind in KINDS}
+            reported = self.spec.reported(evaluations)
+            shown = (reported or evaluations[-1]).metrics
+            results |= {f"{part}_{kind}": shown[f"{kind}/{part}"] for part in ("train", "val") for kind in KINDS}
             results["best_val_accuracy"] = max(e.metrics["accuracy/val"] for e in evaluations)
             results["epochs"] = evaluations[-1].epoch
+            if reported and self.spec.keep:
+                results |= {self.spec.metric: reported.metrics[self.spec.keep.series], "best_epoch": reported.epoch}
         if test is not None:
             results |= {f"test_{kind}": value for kind, value in test.items()}
         return {name: value for name, value in results.items() if math.isfinite(value)}

@@ -519,9 +519,10 @@ class StudyRecord:
         ]
 
     @_durable
-    def curve(self, trial_id: int) -> dict[int, float]:
-        """The intermediate values of a trial, by step."""
-        return self.storage.get_trial(trial_id).intermediate_values
+    def curves(self) -> dict[int, dict[int, float]]:
+        """The intermediate values of each trial, by its id and by step."""
+        trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
+        return {trial._trial_id: trial.intermediate_values for trial in trials}
 
     def begin(
         self, proposal: Proposal, attempt: int, distributions: Mapping[str, BaseDistribution], home: str

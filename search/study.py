@@ -40,7 +40,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from core.data import BATCHES, READERS
-from core.train import Evaluation, TrainConfig
+from core.train import Evaluation, Keep, TrainConfig
 from search.errors import StudyFileError
 from search.strict_yaml import MOST_BYTES, Mistake, Place, parse, short
 
@@ -657,13 +657,24 @@ class StudySpec(_Model):
         """Whether a higher value of the metric is better."""
         return METRICS[self.metric].maximise
 
+    @property
+    def keep(self) -> Keep | None:
+        """Which evaluation a trial's result is of: with a metric `best_...` the best one, else (None) the last."""
+        series, maximise, best = METRICS[self.metric]
+        return Keep(series, maximise) if best else None
+
+    def reported(self, history: Sequence[Evaluation]) -> Evaluation | None:
+        """That evaluation, of equally good ones the first; None when the metric is not finite all along."""
+        series, maximise, best = METRICS[self.metric]
+        found = [e for e in history if series in e.metrics]
+        if not found or not all(math.isfinite(e.metrics[series]) for e in found):
+            return None
+        return (max if maximise else min)(found, key=lambda e: e.metrics[series]) if best else found[-1]
+
     def value(self, history: Sequence[Evaluation]) -> float:
         """The metric of a trial with these curves, NaN when there is no finite one."""
-        series, maximise, best = METRICS[self.metric]
-        values = [e.metrics[series] for e in history if series in e.metrics]
-        if not values or not all(map(math.isfinite, values)):
-            return math.nan
-        return (max(values) if maximise else min(values)) if best else values[-1]
+        reported = self.reported(history)
+        return reported.metrics[METRICS[self.metric].series] if reported else math.nan
 
     def score(self, history: Sequence[Evaluation]) -> float:
         """The metric such that higher is better; -inf when there is no finite one."""

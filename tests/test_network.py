@@ -136,6 +136,24 @@ def test_softmax_survives_scores_that_overflow():
     assert_allclose(gradient, [[[0, 0, 0], [0, -0.5, 0.5]]], atol=1e-12)
 
 
+@given(
+    st.lists(st.lists(st.integers(-2, 2), min_size=4, max_size=4), min_size=1, max_size=12),
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from([None, np.nan, np.inf]),
+    st.integers(0, 2**32),
+)
+def test_of_equal_scores_the_first_is_the_answer(rows, dtype, damage, seed):
+    """What counts as right is the first of the highest scores, in a batch with a diverging neighbour too."""
+    scores = np.array([rows, rows[::-1]], dtype)
+    y = np.random.default_rng(seed).integers(4, size=len(rows))
+    wanted = [[row.index(max(row)) == label for row, label in zip(m, y, strict=True)] for m in scores.tolist()]
+    if damage is not None:
+        scores = np.concatenate([scores, np.full((1, *scores.shape[1:]), damage, dtype)])
+    with np.errstate(invalid="ignore"):
+        _, correct, _ = softmax_loss(scores, y)
+    assert correct[:2].tolist() == wanted
+
+
 def test_scores_that_are_not_finite_give_a_loss_that_is_not_finite():
     """An overflowed network is seen in its loss, and its neighbours' losses are untouched."""
     logits = np.zeros((3, 2, 4), np.float32)

@@ -27,8 +27,8 @@ from optuna.importance import (
 )
 
 from core.data import Dataset
-from core.train import TrainConfig, start
-from search import plan, run, runner
+from core.train import Keep, TrainConfig, advance, start
+from search import checkpoint, plan, run, runner
 from search.datasets import open_dataset
 from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
 from search.outbox import Outbox
@@ -394,6 +394,104 @@ def test_exported_weights_predict_as_the_trial_did(settings: Settings, quick: Sp
     accuracy = float((a.argmax(axis=1) == data.test.y).mean())
     assert outcome.test_accuracy is not None
     assert accuracy == pytest.approx(outcome.test_accuracy[0], abs=1e-9)
+
+
+RISING: dict[str, Any] = {  # validation gets worse again after a few epochs
+    "base": {"batch_size": 20, "epochs": 10, "hidden_sizes": [60], "momentum": 0.9},
+    "space": {"eta": [0.1, 0.3], "lambda": [0.0, 1e-3]},
+    "search": {"method": "grid"},
+    "dataset": {"name": "digits", "train": 120, "validation": 100, "test": 100},
+    "confirm": False,
+}
+
+
+def figures(data: Dataset, part: str, arrays: Any) -> tuple[float, float, list[list[int]]]:
+    """Loss, accuracy and confusion counts of exported arrays on a split, in float64 by hand."""
+    split, classes = getattr(data, part), len(data.classes)
+    a = (split.x.astype(float) - arrays["mean"]) * arrays["scale"]
+    layers = sorted(key for key in arrays if key.startswith("W"))
+    for w in layers:
+        a = a @ arrays[w].astype(float) + arrays["b" + w[1:]]
+        a = np.maximum(a, 0) if w != layers[-1] else a
+    a -= a.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(a).sum(axis=1)) - a[np.arange(len(a)), split.y]
+    counts = [[int(((split.y == t) & (a.argmax(axis=1) == p)).sum()) for p in range(classes)] for t in range(classes)]
+    return float(losses.mean()), float((a.argmax(axis=1) == split.y).mean()), counts
+
+
+@pytest.mark.parametrize("metric", ["best_val_loss", "best_val_accuracy", "val_loss"])
+def test_weights_and_figures_are_those_of_the_evaluation_that_is_reported(
+    settings: Settings, quick: Spec, tmp_path: Path, metric: str
+) -> None:
+    """Value, exported weights, test figures and confusion matrix of a trial belong to one and the same evaluation."""
+    spec = quick(**RISING, metric=metric)
+    outcome = launch(spec, settings, workers=1)
+    (best, *_), data = outcome.table, open_dataset(spec.dataset, settings)[0]
+    export("quick", tmp_path / "best.npz", settings)
+    record = open_study("quick", settings)
+    with Outbox(settings.outbox) as box:
+        uid = record.uid(best.slot, best.attempt)
+        (ended,) = box.records(uid, "trial_ended")
+        points = [p for r in box.records(uid, "trial_progress") for p in r.payload["points"]]
+    with np.load(tmp_path / "best.npz", allow_pickle=False) as arrays:
+        validation, test = figures(data, "validation", arrays), figures(data, "test", arrays)
+    value = {"loss": validation[0], "accuracy": validation[1]}[metric.rpartition("_")[2]]
+    assert best.value == pytest.approx(value, rel=1e-6, abs=1e-6)
+    assert (best.attrs["val_loss"], best.attrs["val_accuracy"]) == pytest.approx(validation[:2], rel=1e-5)
+    assert (best.attrs["test_loss"], best.attrs["test_accuracy"]) == pytest.approx(test[:2], rel=1e-5)
+    assert ended.payload["confusion"] == test[2]
+    assert ended.payload["results"][metric] == best.value
+    assert best.attrs["epochs"] == 10
+    series = [
+        metrics[{"loss": "loss/val", "accuracy": "accuracy/val"}[metric.rpartition("_")[2]]] for *_, metrics in points
+    ]
+    if metric.startswith("best_"):
+        assert best.attrs["best_epoch"] == 1 + series.index(max(series) if "accuracy" in metric else min(series)) < 10
+    else:
+        assert "best_epoch" not in best.attrs
+
+
+def test_the_best_weights_survive_stops(settings: Settings, quick: Spec, tmp_path: Path) -> None:
+    """A study stopped after every slice of an epoch ends with the weights of one that was left alone."""
+    spec = quick(**RISING, metric="best_val_loss")
+    other = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "other")})
+    launch(spec, settings, workers=1)
+
+    def an_epoch(runner: Runner) -> None:
+        runner._most_epochs = lambda trial: 1  # type: ignore[method-assign]
+        stop_after_first_slice(runner)
+
+    for _ in range(60):
+        with suppress(Interrupted):
+            launch(spec, other, workers=2, started=an_epoch)
+            break
+    assert values(settings) == values(other)
+    for home in (settings, other):
+        export("quick", tmp_path / f"{home.home.name}.npz", home)
+    with np.load(tmp_path / "home.npz") as ours, np.load(tmp_path / "other.npz") as theirs:
+        assert {k for k in ours if not np.array_equal(ours[k], theirs[k])} <= {"about"}
+
+
+def test_a_checkpoint_holds_the_best_network_and_older_ones_are_read(quick: Spec, tmp_path: Path) -> None:
+    """The network set aside comes back with the state; a file from before there was one is taken if none is asked for."""
+    data, keep = open_dataset(quick().dataset, Settings.from_environment({"SIEVE_HOME": str(tmp_path)}))[0], "loss/val"
+    config = TrainConfig(hidden_sizes=(5,), momentum=0.9, lam=0.01, eta=0.1, batch_size=50, epochs=4)
+    for asked in (Keep(keep, maximise=False), None):
+        fresh = start(config, data, (1,), (0,), asked)
+        (state,), (progress,) = advance([fresh], data, 2)
+        checkpoint.save(tmp_path / "a.npz", state, progress, "it")
+        back, _ = checkpoint.load(tmp_path / "a.npz", "it", fresh)
+        assert back.keep == asked
+        ends = [advance([s], data, 9)[0][0].weights for s in (state, back)]
+        assert all(np.array_equal(ours[0], theirs[0]) for ours, theirs in zip(*ends, strict=True))
+    with np.load(tmp_path / "a.npz") as archive:
+        header = json.loads(str(archive["header"]))
+        del header["kept"], header["state"]["keep"]
+        np.savez(tmp_path / "old.npz", **{**archive, "header": np.array(json.dumps(header))})
+    back, _ = checkpoint.load(tmp_path / "old.npz", "it", start(config, data, (1,), (0,)))
+    assert back.update == state.update
+    with pytest.raises(ValueError, match="another training"):
+        checkpoint.load(tmp_path / "old.npz", "it", start(config, data, (1,), (0,), Keep(keep, maximise=False)))
 
 
 def test_everything_shown_is_in_the_outbox(settings: Settings, quick: Spec) -> None:

@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from core import train
 from core.data import Dataset, parse_batch, read_digits
 from core.network import blas_is_exact
-from core.train import TrainConfig, advance, fit, may_share, start
+from core.train import Keep, TrainConfig, advance, fit, may_share, start
 
 
 def dataset(examples=50, inputs=12, classes=3, seed=0, test=20):
@@ -214,8 +214,16 @@ any_config = st.builds(
 DATASETS = {"narrow": DATA, "wide": dataset(inputs=300, examples=33, classes=2)}
 
 
+KEEPS = (
+    None,
+    Keep("loss/val", maximise=False),
+    Keep("accuracy/val", maximise=True),
+    Keep("cost/train", maximise=False),
+)
+
+
 def alone(config, k, data):
-    state = start(config, data, (7, k), (7,))
+    state = start(config, data, (7, k), (7,), KEEPS[k % len(KEEPS)])
     (state,), (progress,) = advance([state], data, epochs=9)
     assert state.finished
     return state, progress.evaluations, progress.test
@@ -223,7 +231,7 @@ def alone(config, k, data):
 
 def in_company(configs, data, slices, shuffle):
     """All trials together, re-packed in a new order before every slice."""
-    states = [start(c, data, (7, k), (7,)) for k, c in enumerate(configs)]
+    states = [start(c, data, (7, k), (7,), KEEPS[k % len(KEEPS)]) for k, c in enumerate(configs)]
     evaluations, tests = [[] for _ in states], [None for _ in states]
     while running := [k for k, s in enumerate(states) if not s.finished]:
         shuffle.shuffle(running)
@@ -363,6 +371,16 @@ def test_dropout_keeps_the_expected_activation():
     assert masked[0] != plain
 
 
+@pytest.mark.parametrize("hidden", [(), (5,)])
+def test_the_training_accuracy_of_a_network_without_weights_is_the_share_of_the_first_class(hidden):
+    """Where all scores are equal the answer is the first class, in running curves as in full ones."""
+    still = TrainConfig(hidden_sizes=hidden, init="normal", weight_std=0.0, eta=1e-300, epochs=1, batch_size=10)
+    share = float((DATA.train.y == 0).mean())
+    assert 0 < share < 1
+    for result in fit([still, replace(still, curves="full")], DATA):
+        assert result.history[0].metrics["accuracy/train"] == pytest.approx(share)
+
+
 def test_dropout_is_off_in_evaluation():
     """Validation figures are those of the whole network."""
     config = TrainConfig(hidden_sizes=(8,), dropout=0.5, eta=0.05, epochs=2, batch_size=10)
@@ -370,6 +388,92 @@ def test_dropout_is_off_in_evaluation():
     loss, accuracy, _ = reference_evaluation(result.weights, "relu", DATA.validation)
     assert result.history[-1].metrics["loss/val"] == pytest.approx(loss, rel=1e-5)
     assert result.history[-1].metrics["accuracy/val"] == pytest.approx(accuracy)
+
+
+# The best evaluation -----------------------------------------------------------------------------------------
+
+RISING = [  # best somewhere on the way; the middle one with dropout, memory of momentum and a scale of the first layer
+    TrainConfig(hidden_sizes=(16,), eta=0.5, batch_size=10, epochs=12),
+    TrainConfig(hidden_sizes=(16, 5), eta=0.3, lam=0.01, dropout=0.3, momentum=0.9, batch_size=10, epochs=12),
+    TrainConfig(hidden_sizes=(), eta=2.0, batch_size=10, epochs=8, eval_every=3, curves="full"),
+]
+
+
+@pytest.mark.parametrize("keep", KEEPS[1:], ids=[keep.series for keep in KEEPS if keep])
+@pytest.mark.parametrize("config", RISING, ids=["plain", "regularised", "every-3"])
+def test_weights_of_the_best_evaluation_are_those_of_a_training_that_ends_there(config, keep):
+    """Asked to keep the best, a trial has the weights and test figures of one that was stopped at that point."""
+    (kept,) = fit([config], DATA, seed=2, keep=keep)
+    (whole,) = fit([config], DATA, seed=2)
+    values = [e.metrics[keep.series] for e in whole.history]
+    best = whole.history[values.index(max(values) if keep.maximise else min(values))]
+    (short,) = fit([replace(config, epochs=None, updates=best.update)], DATA, seed=2)
+    assert [e.metrics for e in kept.history] == [e.metrics for e in whole.history]
+    assert kept.test == short.test
+    assert_array_equal(kept.confusion, short.confusion)
+    for ours, theirs in zip(kept.weights, short.weights, strict=True):
+        assert_array_equal(ours[0], theirs[0])
+        assert_array_equal(ours[1], theirs[1])
+
+
+def test_the_best_evaluation_of_these_trials_is_not_the_last():
+    """Otherwise the test above would say nothing."""
+    for config in RISING:
+        losses = [e.metrics["loss/val"] for e in fit([config], DATA, seed=2)[0].history]
+        assert min(losses) < losses[-1]
+
+
+def test_the_first_of_equally_good_evaluations_is_kept():
+    """With an accuracy that never changes, the network of the first evaluation is the trial's."""
+    config = TrainConfig(hidden_sizes=(4,), eta=1e-6, batch_size=10, epochs=4)
+    (kept,) = fit([config], DATA, keep=Keep("accuracy/val", maximise=True))
+    (short,) = fit([replace(config, epochs=1)], DATA)
+    assert len({e.metrics["accuracy/val"] for e in kept.history}) == 1
+    assert_array_equal(kept.weights[0][0], short.weights[0][0])
+
+
+def test_the_last_picture_is_of_the_weights_that_are_kept():
+    """The pictures are of the start, the middle and the best evaluation, under its step."""
+    config = replace(RISING[0], hidden_sizes=(130,))
+    (state,), (progress,) = advance([start(config, DATA, (2, 0), keep=KEEPS[2])], DATA, 12)
+    accuracies = [e.metrics["accuracy/val"] for e in progress.evaluations]
+    best = 1 + accuracies.index(max(accuracies))
+    assert best not in (6, 12)
+    assert [s.step for s in progress.snapshots] == [0, 6, best]
+    assert_array_equal(progress.snapshots[-1].weights, state.weights[0][0][:, :100])
+
+
+def test_patience_and_the_best_evaluation_agree():
+    """With patience, the weights are those from before the evaluations that brought nothing."""
+    config = replace(RISING[0], epochs=40, patience=3, eval_every=2)
+    (kept,) = fit([config], DATA, seed=2, keep=KEEPS[1])
+    best = kept.history[-4]
+    assert min(e.metrics["loss/val"] for e in kept.history) == best.metrics["loss/val"]
+    assert best.update < config.epochs * 5 - 6
+    loss, accuracy, _ = reference_evaluation(kept.weights, "relu", DATA.validation)
+    assert (loss, accuracy) == pytest.approx((best.metrics["loss/val"], best.metrics["accuracy/val"]), rel=1e-5)
+
+
+def test_a_trial_that_diverges_after_its_best_has_no_test_figures():
+    """What diverged is no result, however good it was before."""
+    config = TrainConfig(
+        hidden_sizes=(9,), eta=1e30, eta_min=1e-3, schedule="cyclical", n_s=10**6, batch_size=10, epochs=4
+    )
+    (result,) = fit([config], DATA, keep=KEEPS[1])
+    assert result.diverged is not None
+    assert result.test is None
+
+
+def test_a_slice_may_end_at_any_update():
+    """A fraction of an epoch is so many updates, and the parts are together the whole."""
+    config = TrainConfig(hidden_sizes=(6,), eta=0.1, batch_size=10, epochs=2, eval_every=3)
+    (whole,) = fit([config], DATA)
+    state, seen = start(config, DATA, (0, 0), (0,)), []
+    for updates in (3, 1, 5, 1):
+        (state,), (progress,) = advance([state], DATA, updates / 5)
+        seen += [(state.update, e.step) for e in progress.evaluations]
+    assert seen == [(3, 3), (9, 6), (9, 9), (10, 10)]
+    assert_array_equal(state.weights[0][0], whole.weights[0][0])
 
 
 # Endings and curves ------------------------------------------------------------------------------------------
