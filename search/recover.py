@@ -7,17 +7,17 @@ trained meanwhile. What it was shown is sent once all the same: a recovered poin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from optuna.trial import TrialState
 
 from core.train import TrainConfig
 from search import __version__, checkpoint, outbox
-from search.outbox import Outbox, Point, Record
+from search.outbox import Outbox, Record
 from search.settings import Settings
 from search.storage import Attempt, StudyRecord
-from search.study import METRICS, StudySpec
+from search.study import METRICS
 
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
 
@@ -26,15 +26,19 @@ def recover(record: StudyRecord, box: Outbox, settings: Settings, clock: Callabl
     """Put what is missing of the attempts that this home trained; says of how many. To be called by the owner."""
     spec, home = record.spec, record.attr("home") or box.home
     digests = record.attr("datasets") or {}
-    journal = box.attempts(record.id)
+    journal, series = box.attempts(record.id), METRICS[spec.metric].series
+    curves = record.curves()
     recovered = 0
     for attempt in record.attempts():
         uid = record.uid(attempt.slot, attempt.attempt)
         last_step, ended = journal.get(uid, (None, False))
         if ended or (attempt.home or home) != box.home:
             continue
-        points, seq = _points(record, spec, attempt, settings, digests, clock())
-        new = [point for point in points if last_step is None or point[0] > last_step]
+        points = _points(record, attempt, settings, digests) or sorted(  # the storage has the study's metric alone
+            (step, {series: value}) for step, value in curves[attempt.trial_id].items()
+        )
+        new = [(step, clock(), metrics) for step, metrics in points if last_step is None or step > last_step]
+        seq = -1 - max((step for step, *_ in new), default=0)  # a number that no slice has
         records = [outbox.trial_progress(record.id, uid, seq, clock(), new, recovered=True)] if new else []
         if attempt.state in STATUS:
             records.append(_ended(record, attempt, clock()))
@@ -73,22 +77,15 @@ def trial_begun(
 
 
 def _points(
-    record: StudyRecord, spec: StudySpec, attempt: Attempt, settings: Settings, digests: dict[str, str], when: float
-) -> tuple[list[Point], int]:
-    """The curve points that are still known of an attempt, and a number for their record that no slice has.
-
-    A checkpoint holds all curves, the storage the study's metric alone.
-    """
+    record: StudyRecord, attempt: Attempt, settings: Settings, digests: Mapping[str, str]
+) -> list[tuple[int, dict[str, float]]]:
+    """All curves as the attempt's checkpoint holds them; nothing without one."""
     path = settings.checkpoints / record.id / f"{attempt.slot}.{attempt.attempt}.npz"
     of = f"{record.uid(attempt.slot, attempt.attempt)} on {digests.get(attempt.attrs['stage'])}"
     with suppress(OSError, ValueError):
         _, progress = checkpoint.load(path, of)
-        points = [(e.step, when, e.metrics) for e in progress.evaluations]
-        return points, -1 - max((step for step, *_ in points), default=0)
-    curve = record.curve(attempt.trial_id)
-    series = METRICS[spec.metric].series
-    points = [(step, when, {series: value}) for step, value in sorted(curve.items())]
-    return points, -1 - max(curve, default=0)
+        return [(e.step, e.metrics) for e in progress.evaluations]
+    return []
 
 
 def _ended(record: StudyRecord, attempt: Attempt, when: float) -> Record:

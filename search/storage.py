@@ -224,9 +224,9 @@ def registered(
 
     Raises StudyConflict, DataError, StudyBusy, StorageLost.
     """
-    storage = open_storage(url)
     with ExitStack() as held:
         with locked(url, spec.name, spec.name):
+            storage = open_storage(url)
             register(storage, spec, datasets)
             record = held.enter_context(owned(StudyRecord(storage, spec.name, patience)))
             record.resume(spec, datasets)

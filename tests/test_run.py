@@ -473,7 +473,7 @@ def test_the_best_weights_survive_stops(settings: Settings, quick: Spec, tmp_pat
 
 
 def test_a_checkpoint_holds_the_best_network_and_older_ones_are_read(quick: Spec, tmp_path: Path) -> None:
-    """The network set aside comes back with the state; a file from before there was one is taken if none is asked for."""
+    """The network set aside comes back with the state; an older file without one is taken if none is asked for."""
     data, keep = open_dataset(quick().dataset, Settings.from_environment({"SIEVE_HOME": str(tmp_path)}))[0], "loss/val"
     config = TrainConfig(hidden_sizes=(5,), momentum=0.9, lam=0.01, eta=0.1, batch_size=50, epochs=4)
     for asked in (Keep(keep, maximise=False), None):
