@@ -12,8 +12,8 @@ import socket
 import threading
 import time
 import traceback
-import warnings
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from contextlib import contextmanager, suppress

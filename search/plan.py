@@ -85,6 +85,7 @@ class StageInfo:
 
     name: str
     trials: int
+    overrides: dict[str, Any]  # what its trials are trained with instead of the study's base
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,9 @@ def _stages(spec: StudySpec) -> list[_Stage]:
 
 def stages(spec: StudySpec) -> list[StageInfo]:
     """The stages in order and how many trials each has; confirm may turn out to have fewer."""
-    return [StageInfo(stage.name, stage.configurations * len(stage.repeats)) for stage in _stages(spec)]
+    return [
+        StageInfo(stage.name, stage.configurations * len(stage.repeats), stage.overrides) for stage in _stages(spec)
+    ]
 
 
 def siblings(spec: StudySpec, slot: Slot) -> list[Slot]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0  # between lines when nobody watches a terminal
 PLAIN_WIDTH = 200  # of tables then, so that no word is broken
 SHOWN = 8  # rows of a table
+COUNTS = ("running", "pruned", "diverged", "failed", "waiting", "unsent")  # shown of studies, as far as there are any
 
 
 class Display:
@@ -74,10 +75,16 @@ def countdown(say: Callable[[str], None]) -> Callable[[int], None]:
 
 
 def progress_line(status: "Status") -> str:
-    done = status.complete + status.pruned
+    done = status.complete + status.pruned + status.diverged
+    early = {"pruned": status.pruned, "diverged": status.diverged}
     parts = [
         f"{status.study}: {status.stage}",
-        f"{done}/{status.planned} done, {status.running} running, {status.failed} failed",
+        ", ".join(
+            [f"{done}/{status.planned} done", f"{status.running} running"]
+            + [f"{n} {word}" for word, n in early.items() if n]
+            + [f"{status.failed} failed"]
+        ),
+        f"{status.trained:.0%} trained",
     ]
     if status.best is not None:
         parts.append(f"best {status.best:.4g} ({run_name(status.best_params)})")
@@ -122,6 +129,11 @@ def show_outcome(outcome: "Outcome") -> None:
         console.print(f"note: {words}")
     if outcome.failed:
         console.print(f"note: {outcome.failed} slots failed; `sieve retry {outcome.study}` runs them again")
+        for reason in outcome.reasons:
+            console.print(f"  {reason}")
+    early = {"diverged": outcome.diverged, "pruned": outcome.pruned}
+    if any(early.values()):
+        console.print(f"note: without a result: {', '.join(f'{n} {word}' for word, n in early.items() if n)}")
 
 
 def show_plan(plan: dict[str, Any]) -> None:
@@ -133,7 +145,7 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 
 def show_standing(rows: Sequence[dict[str, Any]]) -> None:
-    counts = [name for name in ("running", "pruned", "failed", "waiting", "unsent") if any(row[name] for row in rows)]
+    counts = [name for name in COUNTS if any(row[name] for row in rows)]
     columns = ["study", "state", "stage", "complete", *counts, "best"]
     show_table("studies", columns, [[_cell(row[c], ".4g") for c in columns] for row in rows])
 
