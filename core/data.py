@@ -416,10 +416,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """The same for a file that a person named: a link is followed, and an error names the file that was asked for."""
     try:
-        write_atomically(path.resolve(), write)
+        write_atomically(path.resolve(), lambda file: file.write(content))
     except OSError as error:
         if error.errno is None:
             raise

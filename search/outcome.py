@@ -16,8 +16,8 @@ import numpy as np
 from optuna.trial import TrialState
 from threadpoolctl import threadpool_info
 
-from search import __version__, outbox, plan, prune
 from core.data import write_whole
+from search import __version__, outbox, plan, prune
 from search.datasets import open_dataset
 from search.errors import SieveError, StudyFailed, UnknownStudy, brief
 from search.outbox import Outbox
@@ -297,6 +297,6 @@ def export(study: str, path: Path, settings: Settings) -> str:
         "dataset": {"name": data.name, "digest": data.digest},
         "predict": "a = (x - mean) * scale; then a = activation(a W1 + b1), ...; classes[argmax(a W_L + b_L)]",
     }
-    arrays = outbox.unpack(ended[0].blob) | {"mean": data.mean, "scale": data.scale, "about": np.array(json.dumps(about))}
-    write_whole(path, lambda file: np.savez(file, **arrays))
-    return f"wrote {path}: {', '.join(sorted(arrays.keys() - {'about'}))} and about (JSON) of trial {attempt.slot}"
+    arrays = outbox.unpack(ended[0].blob) | {"mean": data.mean, "scale": data.scale}
+    write_whole(path, outbox.pack(arrays | {"about": np.array(json.dumps(about))}))
+    return f"wrote {path}: {', '.join(sorted(arrays))} and about (JSON) of trial {attempt.slot}"

@@ -92,7 +92,7 @@ def write(record: StudyRecord, settings: Settings, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"report.html": page(material), "trials.csv": trials_csv(material)}
     for name, text in texts.items():
-        write_whole(folder / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        write_whole(folder / name, text.encode())
     return [folder / name for name in texts]
 
 
