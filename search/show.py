@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from search.outbox import run_name, spread
-from search.settings import Settings
 
 if TYPE_CHECKING:
     from search.datasets import Row
@@ -54,8 +53,16 @@ class Display:
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
-    def conclude(self, outcome: "Outcome", settings: Settings) -> None:
+    def conclude(self, outcome: "Outcome") -> None:
+        """The result, as soon as it is there."""
+        if self.live:
+            self.live.stop()
         show_outcome(outcome)
+        if outcome.unsent:
+            self.note(f"sending the last {outcome.unsent} records to MLflow ...")
+
+    def part(self, outcome: "Outcome") -> None:
+        """What is left to say once the publisher has ended."""
         if outcome.unsent:
             self.note(f"warning: {outcome.unsent} tracking records are not sent yet; `sieve sync` sends them")
         self.note("`sieve ui` opens MLflow and the Optuna dashboard on all of it")
@@ -137,8 +144,8 @@ def show_outcome(outcome: "Outcome") -> None:
 
 
 def show_plan(plan: dict[str, Any]) -> None:
-    rows = [[stage["name"], str(stage["trials"])] for stage in plan["stages"]]
-    show_table(f"plan of {plan['study']}", ["stage", "trials"], rows)
+    rows = [[stage["name"], str(stage["trials"]), duration(stage["seconds"])] for stage in plan["stages"]]
+    show_table(f"plan of {plan['study']}", ["stage", "trials", "about"], rows)
     for point in plan["first"]:
         print(f"  {run_name(point)}")
     print(f"about {duration(plan['seconds'])} of training on {plan['workers']} workers")
