@@ -44,7 +44,7 @@ END_SECONDS = 5.0  # that it may take to end when it is told to
 HURRY_SECONDS = 1.0  # all that it gets when the study was stopped
 FIRST_POINTS = 5  # shown by a dry run
 GROUP = 16  # trials of its timed slice, at the most ...
-TIMED_WORK = 2e10  # ... and floating-point operations: some seconds
+TIMED_WORK = 5e10  # ... and floating-point operations: some seconds
 BEST = 3  # trials whose curves are drawn as a figure
 
 
@@ -210,7 +210,7 @@ def dry_run(
     """What `launch` would do, and about how long, from one timed slice; nothing is written at home.
 
     The time is that of training every trial to its end: a pruner, patience and trials that diverge make it less.
-    `say` gets what is being done. Raises what `launch` raises, but for the storage; StudyFailed if nothing can be timed.
+    `say` gets what is being done. Raises DataError, StudyFileError, WorkersLost; StudyFailed if nothing can be timed.
     """
     spec = resolved(spec, settings)
     check_packages(spec.search.method, f"study '{spec.name}'")
@@ -229,20 +229,17 @@ def dry_run(
                 datasets[key], _ = open_dataset(needed, aside)
         data = [datasets[spec.dataset_of(stage.name).model_dump_json()] for stage in stages]
         rate, count = _rate(spec, data[0], sample, workers, say)
-    work = [
-        _work(spec, stage.overrides, of, [p.params for p in sample]) for stage, of in zip(stages, data, strict=True)
-    ]
-    seconds = [stage.trials * each / rate / min(count, stage.trials) for stage, each in zip(stages, work, strict=True)]
+    table = list[dict[str, Any]]()
+    for stage, of in zip(stages, data, strict=True):
+        work = stage.trials * _work(spec, stage.overrides, of, [p.params for p in sample])
+        table.append({"name": stage.name, "trials": stage.trials, "seconds": work / rate / min(count, stage.trials)})
     limit = math.inf if spec.limits.minutes is None else 60 * spec.limits.minutes
     return {
         "study": spec.name,
-        "stages": [
-            {"name": stage.name, "trials": stage.trials, "seconds": took}
-            for stage, took in zip(stages, seconds, strict=True)
-        ],
+        "stages": table,
         "first": [proposal.params for proposal in proposals[:FIRST_POINTS]],
         "workers": count,
-        "seconds": min(sum(seconds), limit),
+        "seconds": min(sum(row["seconds"] for row in table), limit),
     }
 
 
