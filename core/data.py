@@ -416,6 +416,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """The same for a file that a person named: a link is followed, and an error names the file that was asked for."""
+    try:
+        write_atomically(path.resolve(), lambda file: file.write(content))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 @lru_cache(maxsize=8)
 def open_stored(
     folder: Path, train: Rows, validation: Rows, test: Rows | None = None, normalise: str = "none"

@@ -125,7 +125,7 @@ def launch(
 
         spec, settings = study.load(file, set_), Settings.from_environment()
         if dry_run:
-            _show_plan(run.dry_run(spec, settings, workers=workers), as_json)
+            _show_plan(run.dry_run(spec, settings, workers=workers, say=_say), as_json)
             return
         if detach:
             from search import serve
@@ -134,8 +134,6 @@ def launch(
             _show_json({"study": spec.name, "state": "queued"}) if as_json else typer.echo(said)
             return
         _run(
-            spec.name,
-            settings,
             as_json,
             lambda **shown: run.launch(spec, settings, workers=workers, publish=publish, **shown),
         )
@@ -151,14 +149,12 @@ def retry(study: Study, workers: Workers = None, as_json: Json = False) -> None:
         settings = Settings.from_environment()
         spec = open_study(study, settings).spec
         _run(
-            study,
-            settings,
             as_json,
             lambda **shown: run.launch(spec, settings, workers=workers, retry_failed=True, **shown),
         )
 
 
-def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Outcome"]) -> None:
+def _run(as_json: bool, start: Callable[..., "Outcome"]) -> None:
     """Show a running study; the first Ctrl-C or SIGTERM ends its slices, the second ends it at once."""
     from search import report
     from search.outcome import summary
@@ -182,11 +178,17 @@ def _run(study: str, settings: Settings, as_json: bool, start: Callable[..., "Ou
     with Display(quiet=as_json) as display:
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
-        outcome = start(show=display.update, started=runners.append, warn=display.note, report=report.html)
+        outcome = start(
+            show=display.update,
+            started=runners.append,
+            warn=display.note,
+            report=report.html,
+            concluded=lambda outcome: None if as_json else display.conclude(outcome),
+        )
     if as_json:
         _show_json(summary(outcome))
     else:
-        display.conclude(outcome, settings)
+        display.part(outcome)
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -294,7 +296,7 @@ def reproduce(
             if reports.is_done(spec, settings):
                 _say(f"study '{spec.name}' is done")
             else:
-                _run(spec.name, settings, False, partial(run.launch, spec, settings, workers=workers, publish=publish))
+                _run(False, partial(run.launch, spec, settings, workers=workers, publish=publish))
         page, *pictures = reports.write(reports.studies(folder), settings, out)
         typer.echo(f"wrote {page} and {len(pictures)} pictures")
 

@@ -18,6 +18,7 @@ SieveError                     exit 1
 Each is built from plain values (`args` are the constructor's arguments), so it survives being pickled.
 """
 
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -150,3 +151,42 @@ class Interrupted(SieveError):
     """Stopped by a signal after the running slices were saved."""
 
     exit_code = 130
+
+
+# ---- reasons: what is kept and shown of an error that is a trial's result
+
+LONGEST_REASON = 500
+IN_WORKER = "In the worker:"  # begins the note that holds the worker's traceback
+
+
+class InWords(RuntimeError):
+    """An exception of another process as "Type: message", where the exception itself cannot be pickled."""
+
+
+def details(error: BaseException) -> str:
+    """The whole traceback of an exception; of one that a worker raised, the worker's."""
+    found = [note for note in getattr(error, "__notes__", ()) if note.startswith(IN_WORKER)]
+    return found[-1] if found else "".join(traceback.format_exception(error))
+
+
+def in_one_line(error: BaseException) -> str:
+    """An exception as tables show it: its type and its message, "ValueError: ..."; our own errors are sentences."""
+    try:
+        text = str(error)
+    except Exception:  # of somebody's class
+        text = ""
+    if not isinstance(error, SieveError | InWords):
+        text = f"{type(error).__name__}: {text}" if text.strip() else type(error).__name__
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters, and not too long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 3]}..."
+
+
+def brief(reason: object) -> str:
+    """The one line of a stored reason. Older versions stored a traceback: its last line, before the worker's own."""
+    text = "" if reason is None else str(reason)
+    return one_line("".join(text.partition(f"\n{IN_WORKER}")[0].strip().splitlines()[-1:]))

@@ -12,18 +12,19 @@ import socket
 import threading
 import time
 import traceback
+import uuid
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from multiprocessing import Pipe, active_children, connection, get_context, parent_process, resource_tracker
+from multiprocessing import Pipe, connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.data import Dataset
 from core.train import Progress, State, advance
-from search.errors import DataError, SettingsError, WorkersLost
+from search.errors import IN_WORKER, DataError, InWords, SettingsError, WorkersLost, in_one_line
 from search.failpoint import failpoint
 
 if TYPE_CHECKING:
@@ -59,22 +60,36 @@ def _serve_slices(pipe: connection.Connection) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
     pipe.send(None)  # it has imported what it needs
     with suppress(EOFError, OSError):  # the runner is gone
-        while True:
-            fn, args, kwargs = pipe.recv()
+        while (task := pipe.recv()) is not None:
+            fn, args, kwargs = task
+            answer = attempt(fn, *args, **kwargs)
             try:
-                pipe.send((fn(*args, **kwargs), None))
-            except Exception as error:
+                pipe.send(answer)
+            except Exception as error:  # a result that cannot be pickled
                 pipe.send((None, _portable(error)))
 
 
-def _portable(error: Exception) -> Exception:
-    """The error with its place in the worker, as itself if it survives the way and in words if not."""
-    error.add_note("In the worker:\n" + "".join(traceback.format_tb(error.__traceback__)))
+def attempt(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, Exception | None]:
+    """In a worker: what `fn` gives, or what it raised, in a form that survives the way back."""
     try:
-        pickle.loads(pickle.dumps(error))
+        return fn(*args, **kwargs), None
+    except Exception as error:
+        return None, _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with its traceback in a note, as itself if it survives the way and in words if not."""
+    place = f"{IN_WORKER}\n{''.join(traceback.format_exception(error))}"
+    try:
+        error.add_note(place)
+        same = pickle.loads(pickle.dumps(error))
+        if (type(same), in_one_line(same)) == (type(error), in_one_line(error)):
+            return error
     except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
+        pass
+    words = InWords(in_one_line(error))
+    words.add_note(place)
+    return words
 
 
 def _follow_parent() -> None:
@@ -85,6 +100,27 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Meanwhile, interpreters begin without the current folder on their path: its files are nobody's modules.
+
+    multiprocessing begins them with `-c`, which alone would import what it needs from there.
+    """
+    with _SAFE_PATH:
+        before = os.environ.get("PYTHONSAFEPATH")
+        os.environ["PYTHONSAFEPATH"] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PYTHONSAFEPATH"]
+            else:
+                os.environ["PYTHONSAFEPATH"] = before
+
+
+_SAFE_PATH = threading.Lock()
+
+
 class Worker:
     """A process and this end of its pipe. Nobody else here holds the other end, so its death is heard at once.
 
@@ -92,11 +128,15 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        """Raises BrokenExecutor if it dies before it has begun, OSError if there can be none."""
+        """Raises OSError if there can be none."""
         self._pipe, theirs = Pipe()
         self._process = get_context("spawn").Process(target=_serve_slices, args=(theirs,))
-        self._process.start()
+        with _safe_path():
+            self._process.start()
         theirs.close()
+
+    def await_beginning(self) -> None:
+        """Raises BrokenExecutor if it dies before it has begun."""
         self._answer()
 
     def do(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +152,8 @@ class Worker:
 
     def end(self) -> None:
         """Once it has done what it was given."""
+        with suppress(OSError):
+            self._pipe.send(None)  # a process that somebody forked here may hold this end of the pipe open
         self._pipe.close()
         self._process.join()
 
@@ -138,6 +180,7 @@ class LocalExecutor(Executor):
         set_worker_environment()  # the workers import NumPy anew
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._ending = False
+        self._alive: set[Worker] = set()  # our own, among whatever else this process has begun
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -149,7 +192,8 @@ class LocalExecutor(Executor):
 
     def _serve(self) -> None:
         # Inherited by the workers from their first moment on: the runner alone decides what Ctrl-C and SIGTERM mean.
-        resource_tracker.ensure_running()  # which would let them through again
+        with _safe_path():
+            resource_tracker.ensure_running()  # which would let them through again
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         worker: Worker | None = None
         while (task := self._tasks.get()) is not None:
@@ -158,15 +202,15 @@ class LocalExecutor(Executor):
                 continue
             try:
                 worker = worker or self._new_worker()
-                if self._ending:
-                    worker.kill()  # it began when the others had been killed
                 future.set_result(worker.do(fn, *args, **kwargs))
             except BaseException as error:
-                if isinstance(error, BrokenExecutor):
+                if worker and isinstance(error, BrokenExecutor):
+                    self._alive.discard(worker)
                     worker = None
                 future.set_exception(error)
         if worker:
             worker.end()
+            self._alive.discard(worker)
 
     def _new_worker(self) -> Worker:
         """A worker that has begun: what keeps it from that is not its work's fault. Raises WorkersLost."""
@@ -174,9 +218,17 @@ class LocalExecutor(Executor):
         for _ in range(MOST_STARTS):
             if self._ending:
                 raise BrokenExecutor("the workers were ended")
+            worker: Worker | None = None
             try:
-                return Worker()
+                worker = Worker()
+                self._alive.add(worker)
+                if self._ending:
+                    worker.kill()  # it began when the others had been killed
+                worker.await_beginning()
+                return worker
             except (BrokenExecutor, OSError) as error:
+                if worker:
+                    self._alive.discard(worker)
                 problem = error
                 time.sleep(START_SECONDS)
         raise WorkersLost(f"no worker process begins: {problem}; nothing is lost: mend that and launch the study again")
@@ -187,7 +239,7 @@ class LocalExecutor(Executor):
         for _ in self._threads:
             self._tasks.put(None)
         if cancel_futures:
-            for worker in active_children():
+            for worker in list(self._alive):
                 worker.kill()
         if wait:
             for thread in self._threads:
@@ -270,7 +322,8 @@ class DaskExecutor(Executor):
                 raise OSError(f"no connection to {self.address}")
             with warnings.catch_warnings():  # weights are what travels: 40 MB and back take 0.15 s of a slice of 5 s
                 warnings.filterwarnings("ignore", "Sending large graph")
-                sent = client.submit(fn, *args, **kwargs, pure=False, retries=0)
+                key = f"{getattr(fn, '__name__', 'work')}-{uuid.uuid4().hex}"  # what the scheduler's pages show
+                sent = client.submit(attempt, fn, *args, **kwargs, key=key, pure=False, retries=0)
         except OSError as error:
             future.set_exception(CancelledError(str(error)))
             return future
@@ -281,7 +334,8 @@ class DaskExecutor(Executor):
     async def _pass_on(self, sent: "distributed.Future", future: Future[Any]) -> None:
         """Hand a result over; what Dask says of lost work becomes one of LOST."""
         try:
-            future.set_result(await sent)
+            result, error = await sent
+            future.set_result(result) if error is None else future.set_exception(error)
         except BaseException as error:
             if type(error).__name__ == "KilledWorker":
                 future.set_exception(BrokenExecutor(str(error)))

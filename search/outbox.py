@@ -507,13 +507,14 @@ def trial_ended(
     classes: Sequence[str] | None = None,
     best: bool = False,
     tags: Mapping[str, str] | None = None,
+    details: str | None = None,
 ) -> Record:
     """How an attempt ended: status FINISHED, FAILED or KILLED, why, and its final figures.
 
     results: e.g. val_accuracy, best_val_accuracy, test_accuracy; shown as result/NAME.
     confusion: [c, c] counts, true class by predicted class. weights: [(W [d_in, d_out], b [d_out]), ...].
     normalisation: mean and scale [d] of the inputs at training, kept beside the weights: data may change later.
-    reason: one line, or a traceback, whose last line is what tables show.
+    reason: one line; details: the traceback that belongs to it.
     best: draw the curves of this trial as a figure too. Raises ValueError for an unknown status.
     """
     if status not in ("FINISHED", "FAILED", "KILLED"):
@@ -527,6 +528,7 @@ def trial_ended(
         "status": status, "reason": reason, "results": {k: float(v) for k, v in results.items()},
         "confusion": None if confusion is None else np.asarray(confusion).tolist(),
         "classes": None if classes is None else list(classes), "best": best, "tags": dict(tags or {}),
+        "details": details,
     }  # fmt: skip
     return Record("trial_ended", study, uid, 0, when, payload, pack(layers) if layers else None)
 

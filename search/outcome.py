@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -15,13 +16,15 @@ import numpy as np
 from optuna.trial import TrialState
 from threadpoolctl import threadpool_info
 
+from core.data import write_whole
 from search import __version__, outbox, plan, prune
 from search.datasets import open_dataset
-from search.errors import DataError, SieveError, StudyFailed, UnknownStudy
+from search.errors import DataError, SieveError, StudyFailed, UnknownStudy, brief
 from search.outbox import Outbox
 from search.plan import WORST, Finished, Params, Slot
 from search.settings import Settings
 from search.storage import (
+    LEFT,
     Attempt,
     StudyRecord,
     failed_attempts,
@@ -35,6 +38,8 @@ from search.study import Choice, Range, StudySpec
 from search.tracking import links, run_link
 
 NOTED = 5  # repeated configurations in the study's note
+DIVERGED = ("diverged", "there is no finite value")  # so begins the reason of a trial that did, the second once
+MOST_REASONS = 3
 
 
 def score(spec: StudySpec, attempt: Attempt) -> float:
@@ -42,6 +47,20 @@ def score(spec: StudySpec, attempt: Attempt) -> float:
     if attempt.state != TrialState.COMPLETE or attempt.value is None:
         return WORST
     return attempt.value if spec.maximise else -attempt.value
+
+
+def fate(attempt: Attempt) -> str:
+    """How an attempt stands, in the word that is shown. Optuna has no state for a trial that diverged: it is PRUNED."""
+    if LEFT in attempt.attrs:
+        return "left"
+    if attempt.state == TrialState.PRUNED and why(attempt).startswith(DIVERGED):
+        return "diverged"
+    return "failed" if attempt.state == TrialState.FAIL else attempt.state.name.lower()
+
+
+def why(attempt: Attempt) -> str:
+    """Why an attempt has no result, in one line; empty if it has, or is not at its end."""
+    return brief(attempt.attrs.get("reason"))
 
 
 def results(spec: StudySpec, settled: Iterable[Attempt], failed: Mapping[Slot, Params]) -> list[Finished]:
@@ -69,6 +88,9 @@ class Outcome:
     table: list[Attempt]  # the best trials, best first
     failed: int
     unsent: int  # tracking records that did not reach MLflow yet
+    pruned: int = 0
+    diverged: int = 0
+    reasons: Sequence[str] = ()  # of those that failed, in one line each
 
 
 def study_note(
@@ -91,6 +113,9 @@ def study_note(
         parts.append(f"{figures}: {outbox.run_name(chosen.params)}")
         if outcome.test_accuracy:
             parts.append(f"test_accuracy {outbox.spread(*outcome.test_accuracy)}, not used to choose")
+        counts = {"pruned": outcome.pruned, "diverged": outcome.diverged, "failed": outcome.failed}
+        parts.append(", ".join(f"{n} {word}" for word, n in counts.items() if n))
+        parts += [f"failed: `{reason.replace('`', chr(39))}`" for reason in outcome.reasons]
         parts += outcome.border
     if page:
         experiment, run = page
@@ -132,14 +157,13 @@ def conclude(record: StudyRecord) -> Outcome:
     """What the study says so far. Raises StudyFailed if no trial has a result."""
     spec, attempts = record.spec, record.attempts()
     settled = finished_attempts(attempts)
+    fates = Counter(map(fate, settled.values()))
     failed = {slot: a.params for slot, a in failed_attempts(attempts).items()}
     finished = results(spec, settled.values(), failed)
     chosen = plan.choose(spec, finished)
     if chosen is None:
-        reasons = sorted(
-            {str(a.attrs.get("reason", "")).strip().splitlines()[-1:][0] for a in attempts if a.attrs.get("reason")}
-        )
-        raise StudyFailed(f"study '{spec.name}': none of {len(attempts)} trials has a result: {'; '.join(reasons[:3])}")
+        reasons = "; ".join(_reasons(attempts))
+        raise StudyFailed(f"study '{spec.name}': none of {len(attempts)} trials has a result: {reasons}")
     tests = [settled[slot].attrs["test_accuracy"] for slot in chosen.slots if "test_accuracy" in settled[slot].attrs]
     sign = 1 if spec.maximise else -1
     by_slot = sorted(finished, key=lambda f: f.slot)
@@ -153,9 +177,17 @@ def conclude(record: StudyRecord) -> Outcome:
         border=plan.border(spec, finished),
         stages=stages_in_words(spec, finished),
         table=best_first(spec, settled.values()),
+        pruned=fates["pruned"],
+        diverged=fates["diverged"],
         failed=len(failed),
+        reasons=_reasons(failed_attempts(attempts).values()),
         unsent=0,
     )
+
+
+def _reasons(attempts: Iterable[Attempt]) -> list[str]:
+    """Why attempts have no result, the most frequent reasons first."""
+    return [reason for reason, _ in Counter(filter(None, map(why, attempts))).most_common(MOST_REASONS)]
 
 
 def stages_in_words(spec: StudySpec, finished: list[Finished]) -> list[dict[str, Any]]:
@@ -191,6 +223,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "test_deviation": deviation,
         "border": outcome.border,
         "stages": outcome.stages,
+        "pruned": outcome.pruned,
+        "diverged": outcome.diverged,
         "failed": outcome.failed,
         "unsent": outcome.unsent,
     }
@@ -220,11 +254,13 @@ def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str,
     attrs, attempts = record.attrs, record.attempts()
     row: dict[str, Any] = dict.fromkeys(("stage", "best", "waiting"))
     settled, failed = finished_attempts(attempts), failed_attempts(attempts)
+    fates = Counter(map(fate, settled.values()))
     row |= {
         "study": record.name,
         "state": "running" if is_owned(record) else attrs.get("state", "-"),
-        "complete": sum(a.state == TrialState.COMPLETE for a in settled.values()),
-        "pruned": sum(a.state == TrialState.PRUNED for a in settled.values()),
+        "complete": fates["complete"],
+        "pruned": fates["pruned"],
+        "diverged": fates["diverged"],
         "running": sum(a.state == TrialState.RUNNING for a in attempts),
         "failed": len(failed),
         "unsent": box.unsent(record.id),
@@ -270,6 +306,5 @@ def export(study: str, path: Path, settings: Settings) -> str:
         "dataset": {"name": dataset.name, "digest": digest},
         "predict": "a = (x - mean) * scale; then a = activation(a W1 + b1), ...; classes[argmax(a W_L + b_L)]",
     }
-    with path.open("wb") as file:
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+    write_whole(path, outbox.pack(arrays | {"about": np.array(json.dumps(about))}))
     return f"wrote {path}: {', '.join(sorted(arrays))} and about (JSON) of trial {attempt.slot}"

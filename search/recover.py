@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from optuna.trial import TrialState
 
-from core.train import TrainConfig
 from search import __version__, checkpoint, outbox
 from search.outbox import Outbox, Record
 from search.settings import Settings
@@ -45,15 +45,15 @@ def recover(record: StudyRecord, box: Outbox, settings: Settings, clock: Callabl
         if records:
             config = spec.config(attempt.params, **attempt.attrs["overrides"])
             data = spec.dataset_of(attempt.attrs["stage"]).name, digests.get(attempt.attrs["stage"], "")
-            box.put([trial_begun(record, attempt, config, data, clock()), *records])
+            box.put([trial_begun(record, attempt, config.to_params(), data, clock()), *records])
             recovered += 1
     return recovered
 
 
 def trial_begun(
-    record: StudyRecord, attempt: Attempt, config: TrainConfig, data: tuple[str, str], when: float
+    record: StudyRecord, attempt: Attempt, given: Mapping[str, Any], data: tuple[str, str], when: float
 ) -> Record:
-    """The beginning of an attempt's run in MLflow; `data` is the dataset's name and digest."""
+    """The beginning of an attempt's run in MLflow; `given`: all its settings, `data`: the dataset's name and digest."""
     name, digest = data
     tags = {
         "stage": attempt.attrs["stage"],
@@ -69,7 +69,7 @@ def trial_begun(
         record.id,
         record.uid(attempt.slot, attempt.attempt),
         outbox.run_name(attempt.params),
-        config.to_params() | attempt.params,
+        dict(given) | attempt.params,
         tags,
         when,
         {"study_id": record.study_id, "number": attempt.number},

@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 from PIL.Image import Image
 
+from core.data import write_whole
 from search import figures, plan
 from search.errors import StudyFailed
 from search.outbox import Outbox, progress_points, readable, run_name, spread, unpack
-from search.outcome import Outcome, conclude, results, score, side
+from search.outcome import Outcome, conclude, fate, results, score, side, why
 from search.plan import Finished, Result, Slot
 from search.settings import Settings
-from search.storage import LEFT, Attempt, StudyRecord, failed_attempts, finished_attempts
+from search.storage import Attempt, StudyRecord, failed_attempts, finished_attempts
 from search.study import Choice, Published, Range, StudySpec
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ BEST = 3
 PAIRS = 6  # heat maps, or search paths
 SCATTER = 2  # tolerances of a published figure; a larger deviation over our seeds excuses nothing
 TEMPLATE = 96  # pixels of a class's template
-STATES = {TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+FATES = ("complete", "pruned", "diverged", "failed", "left", "running")
 
 
 # ---- reading
@@ -91,7 +92,7 @@ def write(record: StudyRecord, settings: Settings, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"report.html": page(material), "trials.csv": trials_csv(material)}
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        write_whole(folder / name, text.encode())
     return [folder / name for name in texts]
 
 
@@ -160,17 +161,8 @@ def trials_csv(material: Material) -> str:
     for a in material.attempts:
         place = [a.number, a.attrs["stage"], str(a.slot), a.slot.repeat, a.attempt]
         told = [a.params.get(name, "") for name in names] + ["" if a.value is None else a.value]
-        rows.writerow([*place, *told, *(a.attrs.get(key, "") for key in measured), _status(a), _reason(a)])
+        rows.writerow([*place, *told, *(a.attrs.get(key, "") for key in measured), fate(a), why(a)])
     return text.getvalue()
-
-
-def _status(attempt: Attempt) -> str:
-    return "left" if LEFT in attempt.attrs else STATES.get(attempt.state, attempt.state.name.lower())
-
-
-def _reason(attempt: Attempt) -> str:
-    """The last line of why an attempt has no result."""
-    return "".join(str(attempt.attrs.get("reason", "")).strip().splitlines()[-1:])
 
 
 # ---- published figures
@@ -360,8 +352,8 @@ def page(material: Material) -> str:
 
 def _header(material: Material) -> Html:
     spec, attempts = material.spec, material.attempts
-    counts = Counter(_status(a) for a in attempts)
-    words = [f"{counts[word]} {word}" for word in ("complete", "stopped", "failed", "left", "running") if counts[word]]
+    counts = Counter(fate(a) for a in attempts)
+    words = [f"{counts[word]} {word}" for word in FATES if counts[word]]
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(material.written))
     line = f"{spec.search.method} over {', '.join(spec.dimensions)} · {len(attempts)} trials"
     return _tag(
@@ -655,12 +647,13 @@ def _trials(material: Material) -> Html:
     def row(a: Attempt) -> list[object]:
         share = 0.0 if a.value is None else min(max((a.value - low) / ((high - low) or 1.0), 0.0), 1.0)
         bar = _tag("td", _four(a.value), class_="number bar", style=f"--share:{share:.0%}")
-        status = "chosen" if a.slot in chosen and a.value is not None else _status(a)
-        why = _tag("td", _tag("span", status, class_=f"state {status}"), " ", _reason(a))
+        status = "chosen" if a.slot in chosen and a.value is not None else fate(a)
+        reason = why(a).removeprefix(status).lstrip(": ")
+        cell = _tag("td", _tag("span", status, class_=f"state {status}"), " ", reason)
         more = [_four(a.attrs.get(name)) for name in ("test_accuracy",)]
         seconds = f"{a.attrs['seconds']:.2f}" if "seconds" in a.attrs else ""
         params = [a.params.get(name, "") for name in spec.dimensions]
-        return [a.number, a.attrs["stage"], str(a.slot), *params, bar, *more, seconds, why]
+        return [a.number, a.attrs["stage"], str(a.slot), *params, bar, *more, seconds, cell]
 
     head = ["number", "stage", "slot", *spec.dimensions, spec.metric, "test_accuracy", "seconds", "status"]
     return _table(head, map(row, shown), id="trials")
@@ -719,7 +712,7 @@ td.bar { background: linear-gradient(to right, #d6e6f2 var(--share), transparent
 .state, .verdict, td.quiet { white-space: nowrap; }
 .chosen, .reproduced, .within { color: #15803d; font-weight: 600; }
 .failed, .different { color: #b91c1c; font-weight: 600; }
-.stopped { color: #b45309; }
+.pruned, .diverged { color: #b45309; }
 figure { margin: 1rem 0; }
 img { display: block; max-width: 100%; height: auto; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 0 1.5rem;

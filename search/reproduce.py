@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from core.data import write_whole
 from search import figures, report, run
 from search.errors import StudyConflict, StudyFileError, UnknownStudy
 from search.outbox import run_name
@@ -91,8 +92,6 @@ def write(specs: Sequence[StudySpec], settings: Settings, out: Path) -> list[Pat
     """
     pictures = out / "reproduction"
     pictures.mkdir(parents=True, exist_ok=True)
-    for old in pictures.glob("*.png"):
-        old.unlink()
     summary, sections, versions, written = list[list[str]](), list[str](), dict[str, None](), list[Path]()
     for spec in specs:
         if not is_done(spec, settings):
@@ -105,7 +104,7 @@ def write(specs: Sequence[StudySpec], settings: Settings, out: Path) -> list[Pat
         shown = list[tuple[str, str]]()
         for k, drawing in enumerate(drawings(material), 1):
             path = pictures / f"{spec.name}-{k}.png"
-            path.write_bytes(small(drawing.draw()))
+            write_whole(path, small(drawing.draw()))
             shown.append((drawing.caption, f"reproduction/{path.name}"))
             written.append(path)
         summary.append([f"[{spec.name}](#{spec.name})", *counts(compared)])
@@ -115,7 +114,9 @@ def write(specs: Sequence[StudySpec], settings: Settings, out: Path) -> list[Pat
     head = ["study", "reproduced", "within seed noise", "different"]
     made = "\n".join(f"- {line}" for line in versions)
     text = "\n\n".join([HEAD.strip(), table(head, summary), *sections, "## Made with", made])
-    (out / "reproduction.md").write_text(f"{text}\n", encoding="utf-8", newline="\n")
+    write_whole(out / "reproduction.md", f"{text}\n".encode())
+    for old in set(pictures.glob("*.png")) - set(written):
+        old.unlink()
     return [out / "reproduction.md", *written]
 
 

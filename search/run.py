@@ -8,23 +8,34 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.data import Dataset
-from core.train import advance
+from core.data import Dataset, Split
+from core.train import TrainConfig, advance
 from search import COMMAND, outbox, plan
 from search.datasets import open_dataset
-from search.errors import Interrupted, SieveError, StudyBusy, StudyFileError, StudyGone, StudyTaken, UnknownStudy
+from search.errors import (
+    Interrupted,
+    SieveError,
+    StudyBusy,
+    StudyFailed,
+    StudyFileError,
+    StudyGone,
+    StudyTaken,
+    UnknownStudy,
+    in_one_line,
+)
 from search.executor import open_executor
 from search.outbox import Outbox, Record
 from search.outcome import Outcome, best_first, conclude, open_study, study_note, summary
+from search.plan import Params, Proposal
 from search.recover import recover
-from search.runner import REQUEST_SECONDS, STOP_SECONDS, Runner, Status, groups, is_asked, prepare
+from search.runner import REQUEST_SECONDS, STOP_SECONDS, Runner, Status, Trial, groups, is_asked, prepare
 from search.samplers import asker, check_packages
 from search.settings import Settings, redact
 from search.storage import (
@@ -42,9 +53,11 @@ from search.storage import (
 from search.study import StudySpec, narrowed
 
 PUBLISHER_SECONDS = 20.0  # without getting on, before the rest is left to `sieve sync`
+END_SECONDS = 5.0  # that it may take to end when it is told to
 HURRY_SECONDS = 1.0  # all that it gets when the study was stopped
 FIRST_POINTS = 5  # shown by a dry run
-GROUP = 16  # trials of its timed slice
+GROUP = 16  # trials of its timed slice, at the most ...
+TIMED_WORK = 5e10  # ... and floating-point operations: some seconds
 BEST = 3  # trials whose curves are drawn as a figure
 
 
@@ -59,11 +72,13 @@ def launch(
     started: Callable[[Runner], None] = lambda runner: None,
     warn: Callable[[str], None] = lambda text: None,
     report: Callable[[StudyRecord, Settings], bytes] | None = None,
+    concluded: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """Run a study to its end, from its beginning or from where it was left.
 
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
-    signal handler; `warn` gets what a person should know. Without `publish`, all for MLflow stays in
+    signal handler; `warn` gets what a person should know; `concluded` gets the outcome before the rest of it is sent
+    to MLflow, which may take its time. Without `publish`, all for MLflow stays in
     the outbox. `report` makes the page that goes with the study's summary; if it fails, the study does not.
     Raises StudyConflict, StudyBusy, DataError, StudyFileError when the method needs a package that is not here or
     the space another study; Interrupted if it was stopped; StudyFailed without any result.
@@ -104,6 +119,7 @@ def launch(
             record.set_attr("chosen", outcome.chosen.params)
             page = _page(report, record, settings, warn) if report else None
             box.put([_ended(record, outcome, page, runner.clock())])
+            concluded(replace(outcome, unsent=box.unsent(record.id)))
         runner.write_notes()
         record.note(study_note(spec, outcome.stages, box.links(record.id).get(record.id), settings, outcome))
         return replace(outcome, unsent=box.unsent(record.id))
@@ -222,8 +238,16 @@ def publishing(box: Outbox, study: str, settings: Settings, in_a_hurry: Callable
             elif now < left:
                 deadline = time.monotonic() + PUBLISHER_SECONDS
             left = now
-        publisher.terminate()
-        publisher.wait()
+        _end(publisher)
+
+
+def _end(publisher: subprocess.Popen[bytes]) -> None:
+    """Let it end what it is sending; one that does not end is killed, which does no harm either."""
+    for end in (publisher.terminate, publisher.kill):
+        end()
+        with suppress(subprocess.TimeoutExpired):
+            publisher.wait(END_SECONDS)
+            return
 
 
 def resolved(spec: StudySpec, settings: Settings) -> StudySpec:
@@ -245,33 +269,103 @@ def resolved(spec: StudySpec, settings: Settings) -> StudySpec:
     raise StudyFileError([f"study '{spec.name}': space_from.study: {text}"])
 
 
-def dry_run(spec: StudySpec, settings: Settings, *, workers: int | None = None) -> dict[str, Any]:
-    """What `launch` would do, and about how long, from one timed slice; nothing is written at home."""
+def dry_run(
+    spec: StudySpec,
+    settings: Settings,
+    *,
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What `launch` would do, and about how long, from one timed slice; nothing is written at home.
+
+    The time is that of training every trial to its end: a pruner, patience and trials that diverge make it less.
+    `say` gets what is being done. Raises DataError, StudyFileError, WorkersLost; StudyFailed if nothing can be timed.
+    """
     spec = resolved(spec, settings)
     check_packages(spec.search.method, f"study '{spec.name}'")
     distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
     ask = asker(spec.search.method, distributions, spec.seed) if is_asked(spec) else None
+    say("planning the first trials ...")
     proposals = plan.propose(spec, [], ask)
-    stages = plan.stages(spec)
+    stages, datasets = plan.stages(spec), dict[str, Dataset]()
+    sample = proposals[:: math.ceil(len(proposals) / GROUP)]  # all over the space
     with tempfile.TemporaryDirectory() as folder:
         aside = replace(settings, home=Path(folder), data_dir=settings.data_dir or settings.data_cache)
-        data, _ = open_dataset(spec.dataset_of(proposals[0].stage), aside)
-        trials = [prepare(spec, data, proposal) for proposal in proposals[:GROUP]]
-        group = groups(trials, 1)[0]
-        executor, count = open_executor("local", workers)
-        try:
-            states, _ = executor.submit(advance, [t.state for t in group], group[0].data, 1).result()
-        finally:
-            executor.shutdown()
-    rate = sum(t.cost for t in group) / sum(state.seconds for state in states)
-    work = statistics.mean(t.cost * t.state.total / t.state.per_epoch for t in trials)
+        for stage in stages:
+            needed = spec.dataset_of(stage.name)
+            if (key := needed.model_dump_json()) not in datasets:
+                say(f"opening the data of {needed.name} ...")
+                datasets[key], _ = open_dataset(needed, aside)
+        data = [datasets[spec.dataset_of(stage.name).model_dump_json()] for stage in stages]
+        rate, count = _rate(spec, data[0], sample, workers, say)
+    table = list[dict[str, Any]]()
+    for stage, of in zip(stages, data, strict=True):
+        work = stage.trials * _work(spec, stage.overrides, of, [p.params for p in sample])
+        table.append({"name": stage.name, "trials": stage.trials, "seconds": work / rate / min(count, stage.trials)})
+    limit = math.inf if spec.limits.minutes is None else 60 * spec.limits.minutes
     return {
         "study": spec.name,
-        "stages": [{"name": stage.name, "trials": stage.trials} for stage in stages],
+        "stages": table,
         "first": [proposal.params for proposal in proposals[:FIRST_POINTS]],
-        "workers": count(),
-        "seconds": work * sum(stage.trials for stage in stages) / rate / count(),
+        "workers": count,
+        "seconds": min(sum(row["seconds"] for row in table), limit),
     }
+
+
+def _work(spec: StudySpec, overrides: dict[str, Any], data: Dataset, points: Sequence[Params]) -> float:
+    """Floating-point operations of a trial that is trained like this, on the mean over these points."""
+    examples, inputs = data.train.x.shape
+    each = []
+    for params in points:
+        with suppress(ValueError):  # one that cannot be trained takes no time
+            config = spec.config(params, **overrides)
+            epochs = config.epochs or (config.updates or 0) / math.ceil(examples / config.batch_size)
+            each.append(config.cost(inputs, len(data.classes)) * examples * epochs)
+    return statistics.fmean(each) if each else 0.0
+
+
+def _rate(
+    spec: StudySpec, data: Dataset, sample: Sequence[Proposal], workers: int | None, say: Callable[[str], None]
+) -> tuple[float, int]:
+    """Floating-point operations per second of one worker, from a slice that is timed there; and how many workers."""
+    problem, configs = "", list[TrainConfig]()
+    for proposal in sample:
+        try:
+            configs.append(spec.config(proposal.params, **proposal.overrides))
+        except ValueError as error:
+            problem = str(error)
+    each = sum(config.cost(data.train.x.shape[1], len(data.classes)) for config in configs)
+    least = max((config.batch_size for config in configs), default=1)
+    few = _first(data, max(least, math.ceil(TIMED_WORK / max(each, 1))))
+    trials = list[Trial]()
+    for proposal in sample:
+        try:
+            trials.append(prepare(spec, few, proposal))
+        except StudyFailed as error:
+            problem = str(error)
+    if not trials:
+        raise StudyFailed(f"study '{spec.name}': none of its first trials can be trained: {problem}")
+    group = groups(trials, 1)[0]
+    say(f"timing one slice of {len(group)} trials ...")
+    executor, count = open_executor("local", workers)
+    try:
+        states, _ = executor.submit(advance, [t.state for t in group], few, 1).result()
+    except SieveError:
+        raise
+    except Exception as error:
+        raise StudyFailed(f"study '{spec.name}': the slice that was to be timed failed: {in_one_line(error)}") from None
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+    return sum(t.cost for t in group) / max(sum(state.seconds for state in states), 1e-6), count()
+
+
+def _first(data: Dataset, examples: int) -> Dataset:
+    """So many examples to train on, and of the others in proportion."""
+    share = min(1.0, examples / len(data.train))
+    if share == 1.0:
+        return data
+    parts = [Split(of.x[: (n := math.ceil(share * len(of)))], of.y[:n]) for of in (data.train, data.validation)]
+    return replace(data, train=parts[0], validation=parts[1], test=None, reference=None)
 
 
 def request(study: str, what: str, settings: Settings) -> str:

@@ -11,7 +11,6 @@ import json
 import math
 import statistics
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -21,16 +20,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.trial import TrialState
 
 from core.data import Dataset
 from core.train import Progress, State, TrainConfig, may_share, start
 from search import __version__, checkpoint, outbox, plan, prune
-from search.errors import DataError, StudyFailed, WorkersLost
+from search.errors import DataError, StudyFailed, WorkersLost, brief, details, in_one_line, one_line
 from search.executor import LOST, Slice, advance_elsewhere, advance_here
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
-from search.outcome import best_first, results, score, stages_in_words, study_note, versions
+from search.outcome import DIVERGED, best_first, fate, results, score, stages_in_words, study_note, versions, why
 from search.plan import WORST, Params, Proposal, Slot
 from search.recover import trial_begun
 from search.samplers import asker
@@ -56,6 +56,7 @@ FIRST_RATE = 2e9  # floating-point operations per second, until it was measured:
 MOST_COLUMNS = 1600  # first-layer columns of a group
 MOST_TOGETHER = 1 << 10  # trials in a slice
 FILLED = 16  # idle workers that get new trials before what came back is looked at
+RECENT = 100  # slices from which the pace of training is told
 MOST_LOSSES = 3  # a slice lost so often is its trial's fault after all
 KINDS = ("accuracy", "loss", "cost")
 
@@ -97,12 +98,20 @@ def prepare(
     Raises StudyFailed if this data, or this machine's memory, does not do for it.
     """
     slot = proposal.slot
-    config = spec.config(proposal.params, **proposal.overrides)
     try:
+        config = spec.config(proposal.params, **proposal.overrides)
         state = start(config, data, (spec.seed, *astuple(slot)), (spec.seed, slot.repeat), spec.keep)
     except (ValueError, MemoryError) as error:
-        raise StudyFailed(f"slot {slot} cannot be trained: {error or 'out of memory'}") from None
+        raise StudyFailed(f"slot {slot} cannot be trained: {str(error) or 'out of memory'}") from None
     return Trial(slot, proposal.stage, dict(proposal.params), config, attempt, trial_id, number, data, state)
+
+
+def unprepared(data: Dataset, proposal: Proposal, attempt: int, trial_id: int, number: int) -> Trial:
+    """A trial that cannot be trained, to be ended: it has no weights, and its config says nothing."""
+    config = TrainConfig()
+    state = State(config, (), np.random.default_rng(0), layers=[], scale=1.0, memory=[], total=0, per_epoch=1)
+    params = dict(proposal.params)
+    return Trial(proposal.slot, proposal.stage, params, config, attempt, trial_id, number, data, state)
 
 
 @dataclass(frozen=True)
@@ -114,8 +123,10 @@ class Status:
     planned: int
     complete: int
     pruned: int
+    diverged: int
     failed: int
     running: int
+    trained: float  # of all epochs that are planned, the share that is behind us: trained, or not needed any more
     best: float | None
     best_params: dict[str, Any]
     epochs_per_second: float
@@ -203,7 +214,8 @@ class Runner:
         self.began = self.asked = self.last_note = self.clock()
         self.rate = FIRST_RATE
         self.way = 0.0  # seconds of a slice, on the mean, that are not its worker's: transport and waiting
-        self.epoch_times: deque[tuple[float, float]] = deque(maxlen=20)  # (when, trial epochs) of recent slices
+        self.slices: deque[tuple[float, float]] = deque(maxlen=RECENT)  # (when it ended, trial epochs) of recent ones
+        self.lengths: dict[Slot, float] = {}  # epochs of each slot that has a configuration
         self.stage = ""
 
         attempts = record.attempts()
@@ -218,11 +230,12 @@ class Runner:
         self.begun = {a.slot: a.params for a in attempts}
         self.decided: plan.Decided = record.decided()
         self.best = next(iter(best_first(spec, self.settled.values())), None)
-        self.states = Counter(a.state for a in self.settled.values())
-        self.planned = sum(stage.trials for stage in plan.stages(spec))
+        self.fates = Counter(map(fate, self.settled.values()))
+        self.reasons = {a.trial_id: text for a in attempts if (text := why(a))}  # of trials without a result
+        self.stage_plan = plan.stages(spec)
+        self.planned = sum(stage.trials for stage in self.stage_plan)
         self.proposed_at = -1
         self.stages: list[dict[str, Any]] = []  # as they are in the storage by now
-        self.before = len(self.settled) + len(self.failed)  # done by earlier launches
         if spec.pruner:
             self._remember_curves(attempts)
         self.todo.extend(_again(a) for a in failed_attempts(attempts, left=True).values())
@@ -297,12 +310,14 @@ class Runner:
         """Keep every worker busy with a group of trials; False when nothing is left to do."""
         workers = self.workers()
         idle = workers - len(self.flying)
-        if idle <= 0:
+        if idle <= 0 and self.flying:
             return True
         self._propose()
         self._keep_limits()
         self._leave_rungs()
         self._propose()  # all who waited may have been cut
+        if idle <= 0:  # there is no worker at all
+            return bool(self.ready or self.todo)
         packed, failed = groups(self.ready, 1 if self.todo else idle), len(self.failed)
         if self.todo and (free := min(idle - len(packed), FILLED)) > 0:
             packed += groups(self._begin_share(free / workers, free * MOST_COLUMNS), free)
@@ -360,6 +375,8 @@ class Runner:
             dataset = self.spec.dataset_of(trials[0].stage).model_dump_json()
             future = self.executor.submit(advance_elsewhere, states, dataset, data.digest, most)
         self.lonely = False
+        if not self.slices:
+            self.slices.append((self.clock(), 0.0))  # from here on
         self.flying[future] = Flight(trials, most, self.clock())
 
     def _most_epochs(self, trial: Trial) -> float:
@@ -387,12 +404,13 @@ class Runner:
 
     def _prepare(self, proposal: Proposal, attempt: int, trial_id: int, number: int) -> Trial | None:
         """What the slot's parameters mean: config, data, and a state before the first update. None if it has failed."""
-        self.stage = proposal.stage
+        self.stage, data = proposal.stage, self.datasets[proposal.stage]
         try:
-            return prepare(self.spec, self.datasets[proposal.stage], proposal, attempt, trial_id, number)
+            return prepare(self.spec, data, proposal, attempt, trial_id, number)
         except StudyFailed as error:
-            self.record.finish(trial_id, TrialState.FAIL, None, {"reason": str(error)})
-            self.failed[proposal.slot] = proposal.params
+            trial = unprepared(data, proposal, attempt, trial_id, number)
+            self.box.put([self._trial_begun(trial)])
+            self._fail(trial, in_one_line(error))
             return None
 
     def _begin(self, proposal: Proposal) -> Trial | None:
@@ -416,6 +434,10 @@ class Runner:
         if (attempt.home or self.home) != self.box.home:
             self._leave(attempt, trial)
             return
+        ended = self.box.records(self.record.uid(trial.slot, trial.attempt), "trial_ended")
+        if ended and ended[0].payload["status"] == "FAILED":  # the runner died when it had said so in the journal alone
+            self._fail(trial, brief(ended[0].payload["reason"]))
+            return
         with suppress(OSError, ValueError):  # it may have died before its first slice was in
             trial.state, trial.progress = checkpoint.load(self._checkpoint(trial), self._whose(trial), trial.state)
         self.box.put([self._trial_begun(trial)])
@@ -434,6 +456,7 @@ class Runner:
         self.box.put([self._trial_begun(trial), ended])
         self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason, LEFT: True})
         self.unnoted[uid] = trial.trial_id
+        self.reasons[trial.trial_id] = reason
         self.left.add(uid)
         self.todo.append(_again(attempt))
 
@@ -461,7 +484,8 @@ class Runner:
                 self._part(trials)
             trials[0].losses += died and len(trials) == 1
             if trials[0].losses >= MOST_LOSSES:
-                self._fail(trials[0], f"its worker died {MOST_LOSSES} times: {error or type(error).__name__}")
+                last = str(error) or type(error).__name__
+                self._fail(trials[0], one_line(f"its worker died {MOST_LOSSES} times: {last}"))
             else:
                 self.ready += trials
         except Exception as error:
@@ -469,7 +493,7 @@ class Runner:
                 self._part(trials)
                 self.ready += trials
             else:
-                self._fail(trials[0], "".join(traceback.format_exception(error)))
+                self._fail(trials[0], in_one_line(error), details(error))
         else:
             self._record(flight, states, progress, seconds)
 
@@ -483,17 +507,18 @@ class Runner:
         now = self.clock()
         records: list[Record] = []
         curves: dict[int, list[tuple[int, float]]] = {}
-        work = 0.0
+        work = trained = 0.0
         for trial, state, part in zip(flight.trials, states, progress, strict=True):
             epochs = (state.update - trial.state.update) / state.per_epoch
             work += trial.cost * epochs
-            self.epoch_times.append((now, epochs))
+            trained += epochs
             trial.state, trial.losses = state, 0
             trial.company = min(2 * trial.company, MOST_TOGETHER)
             trial.progress.evaluations += part.evaluations
             trial.progress.test, trial.progress.confusion = part.test, part.confusion
             records += self._shown(trial, part, flight.since, now)
             curves[trial.trial_id] = self._curve(part)
+        self.slices.append((now, trained))
         speed = work / max(seconds, 1e-3)
         self.rate = speed if self.rate == FIRST_RATE else 0.5 * (self.rate + speed)
         self.way += 0.1 * (now - flight.since - seconds - self.way)
@@ -589,21 +614,28 @@ class Runner:
 
     def _settle(self, trial: Trial) -> None:
         self.held.pop(trial.slot, None)
-        value = self.spec.value(trial.progress.evaluations)
-        diverged = trial.state.diverged or (None if math.isfinite(value) else "there is no finite value")
-        state = TrialState.PRUNED if diverged else TrialState.COMPLETE
+        value, reason = self.spec.value(trial.progress.evaluations), self._why_not(trial)
+        state = TrialState.PRUNED if reason else TrialState.COMPLETE
         attrs: dict[str, Any] = dict(self._results(trial))
-        attrs |= {"reason": diverged} if diverged else self._over_repeats(trial.slot, value)
+        attrs |= {"reason": reason} if reason else self._over_repeats(trial.slot, value)
         image = artifact_id(self.record.uid(trial.slot, trial.attempt))
-        self.record.finish(trial.trial_id, state, None if diverged else value, attrs, image)
+        self.record.finish(trial.trial_id, state, None if reason else value, attrs, image)
         failpoint("told")
         settled = Attempt(trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, state, value, attrs)
         self.settled[trial.slot] = settled
-        self.states[state] += 1
+        self.fates[fate(settled)] += 1
+        if reason:
+            self.reasons[trial.trial_id] = reason
         if score(self.spec, settled) > (score(self.spec, self.best) if self.best else WORST):
             self.best = settled
         checkpoint.remove(self._checkpoint(trial))
         self._settle_last(trial.slot)
+
+    def _why_not(self, trial: Trial) -> str | None:
+        """Why a trial that is at its end has no value: it diverged, or was cut. None if it has one."""
+        if trial.state.diverged or math.isfinite(self.spec.value(trial.progress.evaluations)):
+            return trial.state.diverged
+        return f"{DIVERGED[0]}: there is no finite {self.spec.metric}"
 
     def _over_repeats(self, slot: Slot, value: float) -> dict[str, float]:
         """Mean and deviation over all repeats of a configuration, for the row of the last; nothing for the others."""
@@ -614,7 +646,7 @@ class Runner:
             return {}
         return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values)}
 
-    def _fail(self, trial: Trial, reason: str) -> None:
+    def _fail(self, trial: Trial, reason: str, details: str | None = None) -> None:
         """Settle a trial that could not be trained; `sieve retry` makes another attempt at its slot."""
         ended = outbox.trial_ended(
             self.record.id,
@@ -623,9 +655,12 @@ class Runner:
             "FAILED",
             reason,
             self._results(trial),
+            details=details,
         )
         self.box.put([ended])
-        self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason[-2000:]})
+        failpoint("failed")
+        self.record.finish(trial.trial_id, TrialState.FAIL, None, {"reason": reason})
+        self.reasons[trial.trial_id] = reason
         self.failed[trial.slot] = trial.params
         self.unnoted[self.record.uid(trial.slot, trial.attempt)] = trial.trial_id
         checkpoint.remove(self._checkpoint(trial))
@@ -687,12 +722,19 @@ class Runner:
             self.record.set_attr("pruning", note)
 
     def _trial_begun(self, trial: Trial) -> Record:
-        attrs = {"stage": trial.stage}
         attempt = Attempt(
-            trial.slot, trial.number, trial.trial_id, trial.attempt, trial.params, TrialState.RUNNING, None, attrs
+            trial.slot,
+            trial.number,
+            trial.trial_id,
+            trial.attempt,
+            trial.params,
+            TrialState.RUNNING,
+            None,
+            {"stage": trial.stage},
         )
         data = trial.data.name, trial.data.digest
-        return trial_begun(self.record, attempt, trial.config, data, self.clock())
+        given = trial.config.to_params() if trial.state.layers else self.spec.base
+        return trial_begun(self.record, attempt, given, data, self.clock())
 
     def _shown(self, trial: Trial, part: Progress, since: float, now: float) -> list[Record]:
         """The records of one slice of a trial. Its points are spread evenly over the time it took."""
@@ -710,7 +752,7 @@ class Runner:
         return records
 
     def _ended(self, trial: Trial) -> Record:
-        reason = trial.state.diverged
+        reason = self._why_not(trial)
         return outbox.trial_ended(
             self.record.id,
             self.record.uid(trial.slot, trial.attempt),
@@ -728,24 +770,75 @@ class Runner:
 
     def status(self) -> Status:
         flying = [trial for flight in self.flying.values() for trial in flight.trials]
-        done = len(self.settled) + len(self.failed)
-        fresh = done - self.before
-        elapsed = self.clock() - self.began
-        full = len(self.epoch_times) == self.epoch_times.maxlen
-        window = self.clock() - self.epoch_times[0][0] if full else elapsed
+        done, planned = self._epochs()
+        pace = self._pace()
         return Status(
             study=self.spec.name,
             stage=self.stage,
             planned=self.planned,
-            complete=self.states[TrialState.COMPLETE],
-            pruned=self.states[TrialState.PRUNED],
+            complete=self.fates["complete"],
+            pruned=self.fates["pruned"],
+            diverged=self.fates["diverged"],
             failed=len(self.failed),
             running=len(flying) + len(self.ready) + len(self.waiting) + len(self.held),
             best=self.best.value if self.best else None,
             best_params=self.best.params if self.best else {},
-            epochs_per_second=sum(epochs for _, epochs in self.epoch_times) / max(window, 1e-3),
-            seconds_left=elapsed / fresh * (self.planned - done) if fresh else None,
+            trained=done / planned if planned else 1.0,
+            epochs_per_second=pace,
+            seconds_left=self._seconds_left(planned - done, pace),
         )
+
+    def _pace(self) -> float:
+        """Trial epochs per second, over recent slices; 0 before the first of them."""
+        if len(self.slices) < 2:
+            return 0.0
+        (first, _), *later = self.slices
+        return sum(epochs for _, epochs in later) / max(later[-1][0] - first, 1e-3)
+
+    def _seconds_left(self, epochs: float, pace: float) -> float | None:
+        """Seconds for so many epochs; between two slices they get fewer as time goes by."""
+        if not pace:
+            return None
+        return max(0.0, epochs / pace - min(self.clock() - self.slices[-1][0], SLICE_SECONDS))
+
+    def _epochs(self) -> tuple[float, float]:
+        """Epochs that are behind us, and all that are planned; each stage with the length of its own trials.
+
+        A trial that is settled or has failed is behind us as a whole, however early it ended.
+        """
+        flying = [trial for flight in self.flying.values() for trial in flight.trials]
+        running = [*flying, *self.ready, *self.waiting, *self.held.values()]
+        ended = self.settled.keys() | self.failed.keys()
+        params = {slot: a.params for slot, a in self.settled.items()} | self.failed
+        params |= {trial.slot: trial.params for trial in running} | {p.slot: p.params for p in self.todo}
+        for slot in params.keys() - self.lengths.keys():
+            if length := self._length(params[slot], slot.stage):
+                self.lengths[slot] = length
+        done = sum(self.lengths.get(slot, 0.0) for slot in ended)
+        for trial in running:
+            share = 1.0 if trial.state.finished else trial.state.update / trial.state.total
+            done += share * self.lengths.get(trial.slot, 0.0)
+        planned, lengths = 0.0, dict[int, list[float]]()
+        for slot in params:
+            lengths.setdefault(slot.stage, []).append(self.lengths.get(slot, 0.0))
+        for number, stage in enumerate(self.stage_plan):
+            known = lengths.get(number, [])
+            expected = known or [self._length(p, number) for p in list(params.values())[:FILLED]] or [0.0]
+            planned += sum(known) + max(0, stage.trials - len(known)) * statistics.fmean(expected)
+        return done, planned
+
+    def _length(self, params: Params, number: int) -> float:
+        """Epochs of a trial with these parameters in the stage of this number; 0 if that is not known."""
+        stage = self.stage_plan[number]
+        try:
+            config = self.spec.config(params, **stage.overrides)
+        except ValueError:
+            return 0.0
+        if config.updates is None:
+            return float(config.epochs or 0)
+        own = self.datasets.get(self.spec.dataset_of(stage.name).model_dump_json())
+        data = own or next(iter(self.datasets.values()), None)
+        return config.updates / math.ceil(len(data.train) / config.batch_size) if data else 0.0
 
     def write_notes(self, every: float = 0.0) -> None:
         """Give each trial that has an MLflow run by now its note in the dashboard; at most every so many seconds."""
@@ -758,9 +851,10 @@ class Runner:
             _, slot, attempt = uid.rsplit("/", 2)
             address = run_link(self.settings, *shown[uid])
             note = f"Slot **{slot}**, attempt {attempt}: [curves, images and weights in MLflow]({address})\n\n"
-            if Slot.parse(slot) in self.failed or uid in self.left:
-                note += "It failed; its user attribute `reason` says why.\n"
-            else:
+            failed = Slot.parse(slot) in self.failed or uid in self.left
+            if reason := self.reasons.get(trial_id, "").replace("`", "'"):
+                note += f"{'It failed' if failed else 'It ended early'}: `{reason}`\n\n"
+            if not failed:
                 note += f"![first layer](/artifacts/{self.record.study_id}/{trial_id}/{artifact_id(uid)})\n"
             self.record.note(note, trial_id)
 

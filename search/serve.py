@@ -27,6 +27,7 @@ from search.study import StudySpec
 POLL_SECONDS = 2.0
 SYNC_SECONDS = 30.0  # between attempts to send what earlier studies left unsent
 SAY_SECONDS = 30.0  # between lines about a running study
+COUNTS = ("complete", "running", "pruned", "diverged", "failed", "waiting")  # of trials, as far as there are any
 WAITING = ("queued", "running")  # one that runs and has no owner lost its runner
 
 
@@ -148,7 +149,7 @@ def follow(settings: Settings, study: str | None, say: Callable[[str], None]) ->
         except StorageLost as error:
             rows = [{"study": "-", "state": "running", "problem": str(error)}]
         for row in rows:
-            parts = (f"{row[key]} {key}" for key in ("complete", "running", "failed", "waiting") if row.get(key))
+            parts = (f"{row[key]} {key}" for key in COUNTS if row.get(key))
             line = f"{row['study']}: {row.get('problem') or row['state']}, {', '.join(parts)}".rstrip(", ")
             if said.get(row["study"]) != line:
                 say(line)

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from search.outbox import run_name, spread
-from search.settings import Settings
 
 if TYPE_CHECKING:
     from search.datasets import Row
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0  # between lines when nobody watches a terminal
 PLAIN_WIDTH = 200  # of tables then, so that no word is broken
 SHOWN = 8  # rows of a table
+COUNTS = ("running", "pruned", "diverged", "failed", "waiting", "unsent")  # shown of studies, as far as there are any
 
 
 class Display:
@@ -53,8 +53,16 @@ class Display:
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
-    def conclude(self, outcome: "Outcome", settings: Settings) -> None:
+    def conclude(self, outcome: "Outcome") -> None:
+        """The result, as soon as it is there."""
+        if self.live:
+            self.live.stop()
         show_outcome(outcome)
+        if outcome.unsent:
+            self.note(f"sending the last {outcome.unsent} records to MLflow ...")
+
+    def part(self, outcome: "Outcome") -> None:
+        """What is left to say once the publisher has ended."""
         if outcome.unsent:
             self.note(f"warning: {outcome.unsent} tracking records are not sent yet; `sieve sync` sends them")
         self.note("`sieve ui` opens MLflow and the Optuna dashboard on all of it")
@@ -74,10 +82,16 @@ def countdown(say: Callable[[str], None]) -> Callable[[int], None]:
 
 
 def progress_line(status: "Status") -> str:
-    done = status.complete + status.pruned
+    done = status.complete + status.pruned + status.diverged
+    early = {"pruned": status.pruned, "diverged": status.diverged}
     parts = [
         f"{status.study}: {status.stage}",
-        f"{done}/{status.planned} done, {status.running} running, {status.failed} failed",
+        ", ".join(
+            [f"{done}/{status.planned} done", f"{status.running} running"]
+            + [f"{n} {word}" for word, n in early.items() if n]
+            + [f"{status.failed} failed"]
+        ),
+        f"{status.trained:.0%} trained",
     ]
     if status.best is not None:
         parts.append(f"best {status.best:.4g} ({run_name(status.best_params)})")
@@ -122,18 +136,23 @@ def show_outcome(outcome: "Outcome") -> None:
         console.print(f"note: {words}")
     if outcome.failed:
         console.print(f"note: {outcome.failed} slots failed; `sieve retry {outcome.study}` runs them again")
+        for reason in outcome.reasons:
+            console.print(f"  {reason}")
+    early = {"diverged": outcome.diverged, "pruned": outcome.pruned}
+    if any(early.values()):
+        console.print(f"note: without a result: {', '.join(f'{n} {word}' for word, n in early.items() if n)}")
 
 
 def show_plan(plan: dict[str, Any]) -> None:
-    rows = [[stage["name"], str(stage["trials"])] for stage in plan["stages"]]
-    show_table(f"plan of {plan['study']}", ["stage", "trials"], rows)
+    rows = [[stage["name"], str(stage["trials"]), duration(stage["seconds"])] for stage in plan["stages"]]
+    show_table(f"plan of {plan['study']}", ["stage", "trials", "about"], rows)
     for point in plan["first"]:
         print(f"  {run_name(point)}")
     print(f"about {duration(plan['seconds'])} of training on {plan['workers']} workers")
 
 
 def show_standing(rows: Sequence[dict[str, Any]]) -> None:
-    counts = [name for name in ("running", "pruned", "failed", "waiting", "unsent") if any(row[name] for row in rows)]
+    counts = [name for name in COUNTS if any(row[name] for row in rows)]
     columns = ["study", "state", "stage", "complete", *counts, "best"]
     show_table("studies", columns, [[_cell(row[c], ".4g") for c in columns] for row in rows])
 

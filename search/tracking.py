@@ -33,7 +33,7 @@ from PIL.Image import Image
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from search import embedded, figures
-from search.errors import SieveError, UnknownStudy
+from search.errors import SieveError, UnknownStudy, brief
 from search.failpoint import failpoint
 from search.outbox import OUR_FAULT, Outbox, Record, artifact_id, formerly, markdown, progress_points, unpack
 from search.settings import Settings, redact
@@ -667,10 +667,11 @@ class _Publisher:
             (folder / "weights.npz").write_bytes(ended.blob)
         if payload["best"]:
             self._draw_curves(study, ended.uid, folder)
-        if reason := (payload["reason"] or "").strip():
-            tags["reason"] = reason.splitlines()[-1][:500]
-            if len(reason) > len(tags["reason"]):
-                (folder / "reason.txt").write_text(reason)
+        if reason := brief(payload["reason"]):
+            tags["reason"] = reason
+            whole = payload.get("details") or payload["reason"].strip()
+            if whole != reason:
+                (folder / "reason.txt").write_text(whole)
         return tags
 
     def _draw_curves(self, study: str, uid: str, folder: Path) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from search import COMMAND
+from search import COMMAND, ROOT
 from search.errors import SettingsError, SieveError
 from search.outbox import Outbox
 from search.settings import Settings
@@ -38,6 +38,8 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
     settings.trial_artifacts.mkdir(exist_ok=True)
     open_storage(settings.storage)  # the dashboard refuses a database without tables
     environment = os.environ | {
+        "PYTHONSAFEPATH": "1",  # no module of the current folder is imported ...
+        "UVICORN_APP_DIR": str(ROOT),  # ... which uvicorn, below MLflow, would put first
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,  # not on the command line: it may hold a password
