@@ -243,22 +243,36 @@ def settled(part: str, split: Split, offset: NDArray[np.float64] | None) -> Spli
 
 
 def fallen_together(x: Images, offset: NDArray[np.float64] | None) -> tuple[str, ...]:
-    """What to tell of features whose distinct values become one in float32; at most one sentence."""
+    """What to tell of features whose distinct values become one: a sentence for each precision that is too coarse."""
     if np.can_cast(x.dtype, np.float32):
         return ()
-    sample, found = _sample(x), list[str]()
+    sample, found = _sample(x), {precision: list[str]() for precision in _PRECISIONS}
     for j in range(0, x.shape[1], 64):  # columns at a time: sorting takes a copy
         part = slice(j, j + 64)
-        values = np.sort(_less(sample[:, part], None if offset is None else offset[part]), axis=0)
-        with np.errstate(over="ignore"):
-            counts = [1 + (np.diff(v, axis=0) != 0).sum(axis=0) for v in (values, values.astype(np.float32))]
-        lost = np.flatnonzero(counts[0] - counts[1] > 0.02 * counts[0])  # of thousands some meet by chance
-        found += [f"feature {j + k} ({counts[1][k]:,} of {counts[0][k]:,} are left)" for k in lost.tolist()]
-    if not found:
-        return ()
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    told = f"distinct values fall together in float32, the precision of training: {', '.join(found[:5])}{more}"
-    return (f"{told}; rescale these features, or split each into several",)
+        values = np.sort(sample[:, part], axis=0)
+        before = _distinct(values)
+        for precision, rounded in _PRECISIONS.items():
+            with np.errstate(over="ignore"):
+                after = _distinct(rounded(values, None if offset is None else offset[part]))
+            lost = np.flatnonzero(before - after > 0.02 * before).tolist()  # of thousands some meet by chance
+            found[precision] += [f"feature {j + k} ({after[k]:,} of {before[k]:,} are left)" for k in lost]
+    return tuple(
+        f"distinct values fall together in {precision}: {', '.join(which[:5])}"
+        + (f" and {len(which) - 5:,} more" if len(which) > 5 else "")
+        for precision, which in found.items()
+        if which
+    )
+
+
+_PRECISIONS: dict[str, Callable[[Images, NDArray[np.float64] | None], Images]] = {
+    "float32, the precision of training; rescale or split": lambda x, offset: _less(x, offset).astype(np.float32),
+    "float64, the precision of prediction; subtract something first": lambda x, _: x.astype(np.float64),
+}
+
+
+def _distinct(ordered: Images) -> NDArray[np.intp]:
+    """How many values each column has, [d], which is sorted."""
+    return np.asarray(1 + np.count_nonzero(ordered[1:] != ordered[:-1], axis=0))
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
