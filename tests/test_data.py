@@ -157,7 +157,7 @@ FAR: dict[str, tuple[Any, float]] = {  # the same, where people have it; and how
     "seconds since 1970": (SIGNAL + 1.7e9, 1e-9),
     "milliseconds, as whole numbers": (SIGNAL + 1_700_000_000_000, 1e-9),
     "nanoseconds since 1970": (SIGNAL * 1_000_000 + 1_700_000_000_000_000_000, 1e-4),
-    "numbers of 64 bits": (SIGNAL.astype(np.uint64) + np.uint64(2**64 - 2_000), 5.0),
+    "numbers of 64 bits": (SIGNAL.astype(np.uint64) + np.uint64(2**64 - 2_000), 1.0),
     "negative numbers": (SIGNAL - 10**9, 1e-9),
     "above 2**24": ((SIGNAL + 2**30).astype(np.int32), 1e-9),
     "coordinates": (SIGNAL / 1e6 + np.array([5_000_000.0, 500_000.0, 0.0]), 1e-4),
@@ -192,7 +192,9 @@ def test_features_far_from_zero_train_as_centred_ones_do(kind: str) -> None:
 
 
 @pytest.mark.parametrize("normalise", ["none", "mean", "standard"])
-@pytest.mark.parametrize("kind", FAR)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in FAR if "64 bits" not in kind]
+)  # float64 itself has no room for these
 def test_mean_and_scale_apply_to_what_was_given(kind: str, normalise: str) -> None:
     """(x - mean) * scale of the raw numbers in float64 is what the network is trained on."""
     x, lost = FAR[kind]
@@ -201,7 +203,7 @@ def test_mean_and_scale_apply_to_what_was_given(kind: str, normalise: str) -> No
     given = (x.astype(np.float64) - dataset.mean) * dataset.scale
     size = np.abs(given).max() if normalise == "none" else max(1.0, trained.std())
     np.testing.assert_allclose(trained, given, atol=size * max(lost, 1e-6))
-    if normalise == "standard" and "64 bits" not in kind:
+    if normalise == "standard":
         np.testing.assert_allclose(given.mean(axis=0), 0, atol=max(lost, 1e-6))
         np.testing.assert_allclose(given.std(axis=0), 1, rtol=1e-4)
 
@@ -249,18 +251,26 @@ def test_values_that_fall_together_are_told(kind: str, tmp_path: Path) -> None:
     """Distinct values of a feature that float32 cannot tell apart are a finding that names the feature."""
     x, feature = MEET[kind]
     np.savez(tmp_path / "x.npz", x=x, y=np.arange(200) % 3)
-    (finding,) = data.read_npz(tmp_path / "x.npz").findings
-    assert f"distinct values fall together in float32, the precision of training: feature {feature} (" in finding
+    finding = data.read_npz(tmp_path / "x.npz").findings[0]
+    assert "distinct values fall together in float32, the precision of training" in finding
+    assert f": feature {feature} (" in finding
     assert finding.startswith(f"{tmp_path}/x.npz: ")
 
 
-@pytest.mark.parametrize("kind", ["seconds since 1970", "nanoseconds since 1970", "numbers of 64 bits", "coordinates"])
+@pytest.mark.parametrize("kind", ["seconds since 1970", "nanoseconds since 1970", "coordinates"])
 def test_values_that_stay_apart_are_not_told(kind: str, tmp_path: Path) -> None:
     """Features that keep their values, and ordinary random ones, are no finding."""
     np.savez(tmp_path / "x.npz", x=FAR[kind][0], y=CLASS)
     assert data.read_npz(tmp_path / "x.npz").findings == ()
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((30_000, 3)), y=np.arange(30_000) % 2)
     assert data.read_npz(tmp_path / "x.npz").findings == ()
+
+
+def test_numbers_that_float64_cannot_tell_apart_are_told(tmp_path: Path) -> None:
+    """Whole numbers beyond float64's precision are trained on exactly, but whoever predicts from them is warned."""
+    np.savez(tmp_path / "x.npz", x=FAR["numbers of 64 bits"][0], y=CLASS)
+    (finding,) = data.read_npz(tmp_path / "x.npz").findings
+    assert "in float64, the precision of prediction; subtract something first: feature 0 (" in finding
 
 
 # Labels -----------------------------------------------------------------------------------------------------------
