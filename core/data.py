@@ -525,7 +525,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: a flipped bit makes t
 
 def store(source: Source, folder: Path) -> None:
     """Write a source to a folder, as x.npy and y.npy; two processes may do so at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # data may be confidential, whatever the home is
     kept = {key: getattr(source, key) for key in ("name", "classes", "image_shape", "parts")}
     kept["offset"] = None if source.offset is None else source.offset.tolist()
     write_atomically(folder / "x.npy", lambda file: np.save(file, source.x))

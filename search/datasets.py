@@ -309,7 +309,7 @@ def _stored(spec: DatasetSpec, settings: Settings) -> tuple[Path, tuple[str, ...
     source = _read(spec.name, path)
     if _stamps(watched) != stamps:
         raise DataError(f"{path}: it changed while it was read; launch again when it is written whole")
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # data may be confidential, whatever the home is
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = cache / _copy_name(source)
     data.store(source, folder)
     content = {"folder": folder.name, "converted": CONVERTED, "files": stamps, "findings": source.findings}

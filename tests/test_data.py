@@ -192,9 +192,7 @@ def test_features_far_from_zero_train_as_centred_ones_do(kind: str) -> None:
 
 
 @pytest.mark.parametrize("normalise", ["none", "mean", "standard"])
-@pytest.mark.parametrize(
-    "kind", [kind for kind in FAR if "64 bits" not in kind]
-)  # float64 itself has no room for these
+@pytest.mark.parametrize("kind", [kind for kind in FAR if "64 bits" not in kind])  # float64 has no room for these
 def test_mean_and_scale_apply_to_what_was_given(kind: str, normalise: str) -> None:
     """(x - mean) * scale of the raw numbers in float64 is what the network is trained on."""
     x, lost = FAR[kind]
