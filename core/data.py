@@ -2,6 +2,7 @@
 
 Images stay uint8 [n, d] (or float32) and are normalised where they are used, (x - mean) * scale. One copy on
 disk, memory-mapped by every process, is all a machine needs; a dataset travels between processes by reference.
+Features that float32 would round too coarsely where they lie (seconds since 1970) are stored less a value amid them.
 
     read_digits(), read_cifar10(folder), read_npz(path) -> Source     a file's checksum comes first, then its content
     store(source, folder)                                             x.npy and y.npy, once per machine
@@ -19,7 +20,9 @@ import math
 import os
 import pickle
 import uuid
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -28,12 +31,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from core import files
+
 Images = NDArray[Any]  # [n, d], uint8 or float32
 Labels = NDArray[np.int64]  # [n]
 Rows = tuple[int, int]  # first row, one past the last
 
 NORMALISATIONS = ("none", "mean", "standard")
 CHUNK = 2_000  # rows at a time in the statistics: 50 MB for CIFAR-10 in float64
+SAMPLE = 10_000  # rows, spread evenly, that tell where a feature lies and what float32 makes of it
+FAR = 2**10  # a feature this many times its deviation away from 0 loses ten of float32's 24 bits
+MOST_CLASSES = 4_096  # a confusion matrix of 134 MB for each network
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -68,6 +76,8 @@ class Split:
 class Dataset:
     """Training, validation and test split; normalised = (x - mean) * scale, from the training split alone.
 
+    That holds for x as it was given, in float64. Where features lie far from 0, the splits hold x less an offset,
+    and normalised = (x - shift) * scale of these, which float32 is precise enough for; else shift is the mean.
     `image_shape` is (32, 32, 3) for CIFAR-10, whose rows are channel-first (1,024 R, 1,024 G, 1,024 B), and
     (8, 8) for the digits. `digest` is the SHA-256 of the arrays in use. A dataset that was opened from a stored
     copy pickles as a reference to that copy.
@@ -79,8 +89,9 @@ class Dataset:
     test: Split | None
     classes: tuple[str, ...]
     image_shape: tuple[int, ...] | None
-    mean: NDArray[np.float32]  # [d]
+    mean: NDArray[np.floating[Any]]  # [d], float32; float64 where features lie far from 0
     scale: NDArray[np.float32]  # [d]
+    shift: NDArray[np.float32]  # [d]
     digest: str
     reference: tuple[Any, ...] | None = field(default=None, repr=False)  # the arguments of `_reopen`
 
@@ -96,7 +107,7 @@ class Dataset:
         image_shape: Sequence[int] | None = None,
         normalise: str = "none",
     ) -> Dataset:
-        """A dataset of arrays in memory. uint8 images stay bytes, all other numbers become float32.
+        """A dataset of arrays in memory. uint8 images stay bytes, all other numbers become float32 (see `settled`).
 
         Raises ValueError naming the array when its shape, type or content cannot be trained on.
         """
@@ -107,18 +118,20 @@ class Dataset:
             raise ValueError(f"x: expected the same number of pixels in every split, got {widths}")
         if image_shape is not None and math.prod(image_shape) != widths["train"]:
             raise ValueError(f"image_shape: expected {widths['train']} pixels, got {tuple(image_shape)}")
-        highest = max(int(split.y.max()) for split in splits.values())
-        if classes and highest >= len(classes):
+        if classes and (highest := max(int(split.y.max()) for split in splits.values())) >= len(classes):
             raise ValueError(f"y: expected labels below {len(classes)}, the number of classes, got {highest}")
+        names = tuple(classes) or numbered(classes_of(splits))
+        offset = offset_of(splits["train"].x)
+        splits = {part: settled(part, split, offset) for part, split in splits.items()}
         return cls(
             name,
             splits["train"],
             splits["validation"],
             splits.get("test"),
-            tuple(classes) or numbered(highest),
+            names,
             None if image_shape is None else tuple(image_shape),
-            *_normalisation(normalise, *statistics(splits["train"].x)),
-            content_digest(*splits.values()),
+            *_normalisation(normalise, *statistics(splits["train"].x), offset),
+            content_digest(*splits.values(), offset=offset),
         )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -128,24 +141,138 @@ class Dataset:
 
 
 def checked(part: str, x: ArrayLike, y: ArrayLike) -> Split:
-    """The arrays as a split that can be trained on, or ValueError: `part` and what is wrong with which."""
+    """The arrays as a split, the images as they are given; ValueError with `part` and what is wrong with which.
+
+    They can be trained on once they are `settled`.
+    """
     images, labels = np.asarray(x), np.asarray(y)
     if images.ndim != 2 or 0 in images.shape:
         hint = ": flatten each image to a row" if images.ndim > 2 else ""
         raise ValueError(f"{part} x: expected images as rows, [n, d] with n, d > 0, got {images.shape}{hint}")
     if labels.shape != (len(images),):
         raise ValueError(f"{part} y: expected one label per image, [{len(images)}], got {labels.shape}")
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
-        got = labels.dtype if labels.dtype.kind not in "iu" else labels.min()
-        raise ValueError(f"{part} y: expected whole numbers from 0 up, got {got}")
-    if images.dtype != np.uint8:
-        if images.dtype.kind not in "iuf":
-            raise ValueError(f"{part} x: expected uint8 or floating-point numbers, got {images.dtype}")
-        with np.errstate(over="ignore"):  # what is too large for float32 is reported below
-            images = images.astype(np.float32, copy=False)
-        if not (finite := np.isfinite(images).all(axis=1)).all():
-            raise ValueError(f"{part} x: expected finite float32 numbers, image {finite.argmin()} has others")
+    if images.dtype.kind not in "iuf":
+        raise ValueError(f"{part} x: expected uint8 or floating-point numbers, got {images.dtype}")
+    _check_labels(part, labels)
     return Split(_read_only(images), _read_only(labels.astype(np.int64, copy=False)))
+
+
+def _check_labels(part: str, y: NDArray[Any]) -> None:
+    """ValueError for labels that number no classes, in their own type: a conversion would make others of them."""
+    expected = f"{part} y: expected whole numbers from 0 up"
+    if y.dtype.kind not in "iu":
+        odd = ~np.isfinite(y) if y.dtype.kind in "fc" else np.zeros(len(y), bool)
+        where = f" with {y[odd.argmax()]} in row {odd.argmax()}" if odd.any() else ""
+        raise ValueError(f"{expected}, got {y.dtype}{where}")
+    if y.min() < 0:
+        raise ValueError(f"{expected}, got {y.min()} in row {y.argmin()}")
+    if int(y.max()) >= MOST_CLASSES:
+        most = f"at most {MOST_CLASSES:,} classes"
+        raise ValueError(f"{expected} for {most}, got {y.max()} in row {y.argmax()}; {_RENUMBER}")
+
+
+_RENUMBER = "renumber them: np.unique(y, return_inverse=True)[1]"
+
+
+def classes_of(splits: Mapping[str, Split]) -> int:
+    """The highest label of all splits; ValueError if most labels up to it have no example: they number no classes."""
+    used = np.bincount(np.concatenate([split.y for split in splits.values()])) > 0
+    highest, unused = len(used) - 1, int((~used).sum())
+    if unused > len(used) / 2:
+        part, row = next((part, int(s.y.argmax())) for part, s in splits.items() if s.y.max() == highest)
+        raise ValueError(
+            f"{part} y: label {highest} in row {row} makes {len(used):,} classes, {unused:,} of them without any "
+            f"example; leave out the examples whose label means none (ignore), or {_RENUMBER}"
+        )
+    return highest
+
+
+# Numbers of other types than uint8 and float32 ------------------------------------------------------------------
+
+
+def _sample(x: Images) -> Images:
+    return x[:: -(-len(x) // SAMPLE)]
+
+
+def offset_of(x: Images) -> NDArray[np.float64] | None:
+    """[d]: 0, or a value amid the feature where it lies so far from 0 that float32 would round it too coarsely.
+
+    None if there is no such feature. Medians of examples: exact, whole numbers stay whole, outliers do not move them,
+    and every machine finds the same.
+    """
+    if np.can_cast(x.dtype, np.float32):
+        return None
+    sample = _sample(x).astype(np.float64)
+    sample = sample[np.isfinite(sample).all(axis=1)]
+    if not len(sample):
+        return None
+    half = (len(sample) - 1) // 2
+    middle = np.partition(sample, half, axis=0)[half]
+    with np.errstate(over="ignore"):
+        rounded = (sample.astype(np.float32) != sample).any(axis=0)
+        spread = np.partition(np.abs(sample - middle), half, axis=0)[half]
+        far = rounded & (np.abs(middle) > FAR * spread)
+    return np.where(far, middle, 0.0) if far.any() else None
+
+
+def _less(x: Images, offset: NDArray[np.float64] | None) -> Images:
+    """x - offset in float64, which float64 itself would round for whole numbers above 2**53."""
+    if offset is None:
+        return x
+    wide = np.asarray(x.astype(np.float64) - offset)
+    if x.dtype.kind == "f" or x.dtype.itemsize < 8:
+        return wide
+    whole = np.array([int(value) % 2**64 for value in offset], np.uint64)  # differences modulo 2**64 are exact
+    return np.where(np.abs(wide) < 2.0**62, (x.astype(np.uint64) - whole).view(np.int64), wide)
+
+
+def settled(part: str, split: Split, offset: NDArray[np.float64] | None) -> Split:
+    """The split with images of uint8 as they are, or of x - offset in float32; ValueError if not all are finite."""
+    if offset is None and split.x.dtype == np.uint8:
+        return split
+    if offset is None and split.x.dtype == np.float32:
+        images = split.x
+    else:
+        images = np.empty(split.x.shape, np.float32)
+        with np.errstate(over="ignore"):  # what is too large for float32 is reported below
+            for i in range(0, len(images), CHUNK):
+                images[i : i + CHUNK] = _less(split.x[i : i + CHUNK], offset)
+    if not (finite := np.isfinite(images).all(axis=1)).all():
+        raise ValueError(f"{part} x: expected finite float32 numbers, image {finite.argmin()} has others")
+    return Split(_read_only(images), split.y)
+
+
+def fallen_together(x: Images, offset: NDArray[np.float64] | None) -> tuple[str, ...]:
+    """What to tell of features whose distinct values become one: a sentence for each precision that is too coarse."""
+    if np.can_cast(x.dtype, np.float32):
+        return ()
+    sample, found = _sample(x), {precision: list[str]() for precision in _PRECISIONS}
+    for j in range(0, x.shape[1], 64):  # columns at a time: sorting takes a copy
+        part = slice(j, j + 64)
+        values = np.sort(sample[:, part], axis=0)
+        before = _distinct(values)
+        for precision, rounded in _PRECISIONS.items():
+            with np.errstate(over="ignore"):
+                after = _distinct(rounded(values, None if offset is None else offset[part]))
+            lost = np.flatnonzero(before - after > 0.02 * before).tolist()  # of thousands some meet by chance
+            found[precision] += [f"feature {j + k} ({after[k]:,} of {before[k]:,} are left)" for k in lost]
+    return tuple(
+        f"distinct values fall together in {precision}: {', '.join(which[:5])}"
+        + (f" and {len(which) - 5:,} more" if len(which) > 5 else "")
+        for precision, which in found.items()
+        if which
+    )
+
+
+_PRECISIONS: dict[str, Callable[[Images, NDArray[np.float64] | None], Images]] = {
+    "float32, the precision of training; rescale or split": lambda x, offset: _less(x, offset).astype(np.float32),
+    "float64, the precision of prediction; subtract something first": lambda x, _: x.astype(np.float64),
+}
+
+
+def _distinct(ordered: Images) -> NDArray[np.intp]:
+    """How many values each column has, [d], which is sorted."""
+    return np.asarray(1 + np.count_nonzero(ordered[1:] != ordered[:-1], axis=0))
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
@@ -173,21 +300,24 @@ def statistics(x: Images) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _normalisation(
-    name: str, mean: NDArray[np.float64], deviation: NDArray[np.float64]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(mean, scale) as float32 [d]; a pixel that does not vary has scale 1."""
+    name: str, mean: NDArray[np.float64], deviation: NDArray[np.float64], offset: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.float32], NDArray[np.float32]]:
+    """(mean, scale, shift) [d] from the statistics of x - offset; a pixel that does not vary has scale 1."""
     if name not in NORMALISATIONS:
         raise ValueError(f"normalise: expected one of {', '.join(NORMALISATIONS)}, got {name!r}")
-    shift = np.zeros_like(mean) if name == "none" else mean
+    zero = np.zeros_like(mean) if offset is None else -offset
+    shift = (zero if name == "none" else mean).astype(np.float32)
     varies = (deviation > 1e-30) & (name == "standard")
     scale = np.divide(1.0, deviation, out=np.ones_like(deviation), where=varies)
-    return _read_only(shift.astype(np.float32)), _read_only(scale.astype(np.float32))
+    whole = shift if offset is None else np.zeros_like(mean) if name == "none" else offset + shift
+    return _read_only(whole), _read_only(scale.astype(np.float32)), _read_only(shift)
 
 
-def content_digest(*splits: Split) -> str:
-    """SHA-256 over the types, shapes and bytes of the splits' arrays, in order."""
+def content_digest(*splits: Split, offset: NDArray[np.float64] | None = None) -> str:
+    """SHA-256 over the types, shapes and bytes of the splits' arrays, in order, and of what was subtracted from x."""
     sha = hashlib.sha256()
-    for array in (array for split in splits for array in (split.x, split.y)):
+    arrays = [array for split in splits for array in (split.x, split.y)]
+    for array in arrays if offset is None else [*arrays, offset]:
         sha.update(f"{array.dtype.str}{array.shape}".encode())
         sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
@@ -208,6 +338,7 @@ class Source:
     parts: dict[str, Rows]  # the training parts in order, then "test_batch" or "test" if there is one
     files: tuple[Path, ...] = ()  # what it was read from
     findings: tuple[str, ...] = ()  # what its user should be told
+    offset: NDArray[np.float64] | None = None  # [d], what was subtracted from the x that was given
 
 
 def read_digits() -> Source:
@@ -230,32 +361,41 @@ def read_digits() -> Source:
     return Source("digits", x, y, numbered(9), (8, 8), {"train": (0, 1437), "test": (1437, 1797)}, (path,))
 
 
+NPZ = "an npz archive (np.savez) with x_train, y_train[, x_val, y_val][, x_test, y_test] or x, y"
+
+
 def read_npz(path: Path) -> Source:
     """A user's own data: x_train, y_train[, x_val, y_val][, x_test, y_test]; or x, y, to be split by counts.
 
-    Raises ValueError naming the file when it is not a plain npz of such arrays. Nothing in it is unpickled.
+    Raises ValueError naming the file when it is not a plain npz of such arrays. Nothing in it is unpickled, and
+    no other array is read.
     """
-    arrays: dict[str, NDArray[Any]] = {}
-    splits: dict[str, Split] = {}
+
+    def choose(names: Sequence[str]) -> list[str]:
+        parts = ("train", "val", "test") if "x_train" in names else ("",)
+        pairs = [[f"{axis}_{part}".rstrip("_") for axis in "xy"] for part in parts]
+        wanted = [key for i, pair in enumerate(pairs) if i == 0 or set(pair) & set(names) for key in pair]
+        if missing := [key for key in wanted if key not in names]:
+            raise ValueError(f"no array {missing[0]!r} among {', '.join(names):.200}; expected {NPZ}")
+        return wanted
+
+    arrays = files.read_arrays(path, choose, NPZ)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays |= {key: archive[key] for key in archive.files}
-        for part in ("train", "val", "test") if "x_train" in arrays else ("",):
-            keys = [f"{axis}_{part}".rstrip("_") for axis in "xy"]
-            if part in ("", "train") or any(key in arrays for key in keys):
-                splits[part or "train"] = checked(part, *(arrays[key] for key in keys))
-    except KeyError as missing:
-        wanted = "x_train, y_train[, x_val, y_val][, x_test, y_test] or x, y"
-        raise ValueError(f"{path}: no array {missing} among {sorted(arrays)}; expected {wanted}") from None
-    except Exception as error:  # a damaged file raises anything, from zlib.error to struct.error
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
-    kinds = {f"{split.x.shape[1]} x {split.x.dtype}" for split in splits.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"{path}: expected images of one width and type, got {', '.join(sorted(kinds))}")
+        keys = [key for key in arrays if key.startswith("x")]
+        splits = {key[2:] or "train": checked(key[2:] or "train", arrays[key], arrays[f"y{key[1:]}"]) for key in keys}
+        widths = {f"{split.x.shape[1]} x {split.x.dtype}" for split in splits.values()}
+        if len(widths) > 1:
+            raise ValueError(f"expected images of one width and type, got {', '.join(sorted(widths))}")
+        classes = numbered(classes_of(splits))
+        offset = offset_of(splits["train"].x)
+        given, splits = splits, {part: settled(part, split, offset) for part, split in splits.items()}
+        findings = fallen_together(given["train"].x, offset)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     ends = np.cumsum([0, *map(len, splits.values())]).tolist()
     parts = {part: (ends[i], ends[i + 1]) for i, part in enumerate(splits)}
     x, y = (np.concatenate([getattr(split, axis) for split in splits.values()]) for axis in "xy")
-    return Source("npz", x, y, numbered(int(y.max())), None, parts, (path,))
+    return Source("npz", x, y, classes, None, parts, (path,), tuple(f"{path}: {text}" for text in findings), offset)
 
 
 def read_cifar10(folder: Path) -> Source:
@@ -293,7 +433,7 @@ READERS: dict[str, Callable[[Path], Source]] = {"cifar10": read_cifar10, "npz": 
 def read_sums(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, of the SHA256SUMS in a folder or beside it; empty if there is none."""
     for path in (folder / "SHA256SUMS", folder.parent / "SHA256SUMS"):
-        if path.is_file():
+        if path.is_file() and path.stat().st_size < 1_000_000:
             lines = [line.split() for line in path.read_text(errors="replace").splitlines()]
             return {words[-1].lstrip("*").split("/")[-1]: words[0].lower() for words in lines if len(words) == 2}
     return {}
@@ -301,10 +441,10 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def read_batch(path: Path) -> bytes:
     """The bytes of a file that could be a batch by its size: 30,730,000 bytes; more in the python version."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: missing; expected {', '.join(BATCHES)}, or the same with .bin")
-    if not 30_730_000 <= path.stat().st_size <= 60_000_000:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; expected 30,730,000 to 60,000,000: truncated?")
+    if not 30_730_000 <= (size := files.regular(path).st_size) <= 60_000_000:
+        raise ValueError(f"{path}: {size:,} bytes; expected 30,730,000 to 60,000,000, got {files.describe(path)}")
     return path.read_bytes()
 
 
@@ -385,8 +525,9 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: a flipped bit makes t
 
 def store(source: Source, folder: Path) -> None:
     """Write a source to a folder, as x.npy and y.npy; two processes may do so at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # data may be confidential, whatever the home is
     kept = {key: getattr(source, key) for key in ("name", "classes", "image_shape", "parts")}
+    kept["offset"] = None if source.offset is None else source.offset.tolist()
     write_atomically(folder / "x.npy", lambda file: np.save(file, source.x))
     write_atomically(folder / "y.npy", lambda file: np.save(file, source.y))
     write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(kept).encode()))
@@ -400,7 +541,14 @@ def load_stored(folder: Path) -> Source:
         raise ValueError(f"{folder}: damaged: {x.shape} images and {y.shape} labels; delete it")
     parts = {part: (start, stop) for part, (start, stop) in meta["parts"].items()}
     shape = None if meta["image_shape"] is None else tuple(meta["image_shape"])
-    return Source(meta["name"], x, y, tuple(meta["classes"]), shape, parts)
+    offset = None if meta.get("offset") is None else np.array(meta["offset"], np.float64)
+    return Source(meta["name"], x, y, tuple(meta["classes"]), shape, parts, offset=offset)
+
+
+def stamp(path: Path) -> list[int]:
+    """What tells a file from another in its place: size, times of its content and of its entry, inode."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -438,11 +586,18 @@ def open_stored(
     ranges = [rows for rows in (train, validation, test) if rows is not None]
     splits = [Split(source.x[start:stop], source.y[start:stop]) for start, stop in ranges]
     known = folder / f"split-{'_'.join(f'{start}-{stop}' for start, stop in ranges)}.npz"
-    if not known.exists():
-        moments, content = statistics(splits[0].x), content_digest(*splits)
-        write_atomically(known, lambda file: np.savez(file, moments=moments, digest=content))
-    with np.load(known, allow_pickle=False) as archive:
-        moments, digest = archive["moments"], str(archive["digest"])
+    stamps = np.array([stamp(folder / f"{axis}.npy") for axis in "xy"])
+    try:
+        with np.load(known, allow_pickle=False) as archive:
+            moments, digest = archive["moments"], str(archive["digest"])
+            whole = np.array_equal(archive["stamps"], stamps)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        whole = False
+    if not whole:
+        moments, digest = np.array(statistics(splits[0].x)), content_digest(*splits, offset=source.offset)
+        kept = {"moments": moments, "digest": np.array(digest), "stamps": stamps}
+        with suppress(OSError):  # it saves time, and no more
+            write_atomically(known, lambda file: np.savez(file, **kept))  # type: ignore[arg-type]
     return Dataset(
         source.name,
         splits[0],
@@ -450,7 +605,7 @@ def open_stored(
         splits[2] if test is not None else None,
         source.classes,
         source.image_shape,
-        *_normalisation(normalise, *moments),
+        *_normalisation(normalise, moments[0], moments[1], source.offset),
         digest,
         reference=(str(folder), train, validation, test, normalise, digest),
     )

@@ -428,9 +428,9 @@ def batches(
 
 
 def normalise(images: Array, data: Dataset, out: Array) -> None:
-    """(x - mean) * scale of images [B, D] into float32 `out` [B, D]."""
+    """(x - shift) * scale of images [B, D] into float32 `out` [B, D]."""
     np.copyto(out, images)  # converting first is faster than subtracting from bytes
-    out -= data.mean
+    out -= data.shift
     out *= data.scale
 
 

@@ -441,7 +441,7 @@ def data_check(
     path: Annotated[str | None, typer.Argument(help="npz: the file; cifar10: another folder")] = None,
     as_json: Json = False,
 ) -> None:
-    """Read every file of a dataset again and compare its checksum."""
+    """Read every file of a dataset again, compare its checksum, and count each class in each part."""
     with _errors():
         from search import datasets
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from core import data
-from core.data import BATCHES, Dataset, Rows, Source, Split
+from core import data, files
+from core.data import BATCHES, Dataset, Labels, Rows, Source, Split
 from search.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,55 +36,92 @@ Chosen = tuple[Indices, Indices, Indices | None]  # rows to train, to validate, 
 
 
 def open_dataset(spec: DatasetSpec, settings: Settings) -> tuple[Dataset, list[str]]:
-    """The dataset that a study asks for, and findings to be shown: unofficial files, classes never trained on.
+    """The dataset that a study asks for, and findings to be shown: unofficial files, parts without some class.
 
     CIFAR-10 and npz files are converted once, into settings.data_cache, and memory-mapped from there; a change of
-    the files is noticed by their sizes and times. Raises DataError naming the file or the setting at fault.
+    the files is noticed by their sizes, times and inodes. Raises DataError naming the file or the setting at fault.
     """
     with _as_data_error():
         if spec.name == "digits":
             source = data.read_digits()
-            chosen = choose(spec, source.parts)
+            chosen = choose(spec, source.parts, source.y)
             dataset = _in_memory(source, chosen, spec.normalise)
         else:
             folder, findings = _stored(spec, settings)
             source = replace(data.load_stored(folder), findings=findings)
-            chosen = choose(spec, source.parts)
+            chosen = choose(spec, source.parts, source.y)
             dataset = _by_reference(source, folder, chosen, spec.normalise)
-    untrained = sorted(set(range(len(source.classes))) - set(np.unique(dataset.train.y).tolist()))
-    notes = list(source.findings)
-    if untrained:
-        names = ", ".join(source.classes[label] for label in untrained)
-        notes.append(f"{spec.name}: no example to train on of {len(untrained)} classes: {names}")
-    return dataset, notes
+    return dataset, [*source.findings, *_lacking(spec, source, chosen)]
+
+
+PARTS = {"train": "train on", "validation": "choose by", "test": "test with"}  # the parts, and what they are there for
+
+
+def class_counts(source: Source, chosen: Chosen) -> dict[str, NDArray[np.intp]]:
+    """How many examples of each class the parts have, [C] each; only the parts that there are."""
+    parts = zip(PARTS, chosen, strict=True)
+    return {p: np.bincount(source.y[rows], minlength=len(source.classes)) for p, rows in parts if rows is not None}
+
+
+def _lacking(spec: DatasetSpec, source: Source, chosen: Chosen) -> list[str]:
+    """A line for each part that lacks classes; DataError if a single class is trained on or chosen by."""
+    notes = []
+    for part, counts in class_counts(source, chosen).items():
+        if part != "test" and np.count_nonzero(counts) == 1:
+            only = source.classes[int(counts.argmax())]
+            hint = (
+                "split: stratified" if spec.split == "last" else "more of them, or parts with names of other examples"
+            )
+            raise DataError(
+                f"{spec.name}: all {counts.sum():,} examples to {PARTS[part]} are of class {only}; "
+                f"expected two classes or more: try {hint}"
+            )
+        if len(missing := np.flatnonzero(counts == 0)):
+            names = ", ".join(source.classes[label] for label in missing[:20]) + (", ..." if len(missing) > 20 else "")
+            classes = f"{len(missing)} classes" if len(missing) > 1 else "1 class"
+            notes.append(f"{spec.name}: no example to {PARTS[part]} of {classes}: {names}")
+    return notes
 
 
 @contextmanager
 def _as_data_error() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise DataError(f"{where}{error.strerror or error}") from error
+    except ValueError as error:
         raise DataError(str(error)) from error
 
 
 # Splits --------------------------------------------------------------------------------------------------------
 
 
-def choose(spec: DatasetSpec, parts: Mapping[str, Rows]) -> Chosen:
+def choose(spec: DatasetSpec, parts: Mapping[str, Rows], y: Labels) -> Chosen:
     """Which rows to train on, to validate on and to test on: row numbers of the source, in its order.
 
-    A count of validation images is taken from the end of those that `train` does not name (of all, if it names
-    none or all), or of those that the data sets apart. What is left is trained on, or as much as `train` says.
+    Counts are drawn at random, of each class in proportion (`split: stratified`); or, with `split: last`, validation
+    images are the end of those that `train` does not name (of all, if it names none or all), or of those that the
+    data sets apart. What is left is trained on, or as much as `train` says. Parts with a name stay as they are.
     """
     rows = {name: np.arange(start, stop) for name, (start, stop) in parts.items()}
     test = rows.pop("test_batch", rows.pop("test", None))
     own = rows.pop("val", None)
     pool = np.concatenate(list(rows.values()))
+
+    def some(of: Indices, count: int, key: str, last: bool = False, leave: int = 0) -> Indices:
+        if not 1 <= count <= len(of):
+            raise DataError(f"dataset.{key}: expected 1 to {len(of):,} images, got {count:,}")
+        if spec.split == "last" or count == len(of):
+            return of[len(of) - count :] if last else of[:count]
+        return of[stratified(y[of], count, (spec.seed, _DRAWS.index(key)), leave)]
+
     if test is not None:
-        test = test if spec.test is True else _first(test, spec.test, "test") if spec.test else None
+        test = test if spec.test is True else some(test, spec.test, "test") if spec.test else None
     elif not isinstance(spec.test, bool):  # data without test images: cut some off
-        test = _last(pool, spec.test, "test")
-        pool = pool[: -len(test)]
+        both = own is None and not isinstance(spec.validation, str)
+        test = some(pool, spec.test, "test", last=True, leave=2 if both else 1)
+        pool = pool[~np.isin(pool, test)]
 
     named = _named(rows, spec.train, "train") if isinstance(spec.train, list) else pool
     unnamed = np.setdiff1d(pool, named) if len(named) < len(pool) else pool
@@ -92,7 +129,9 @@ def choose(spec: DatasetSpec, parts: Mapping[str, Rows]) -> Chosen:
         validation = _named(rows, [spec.validation], "validation")
     elif spec.validation is not None:
         base = pool if own is None else own
-        validation = _last(unnamed if own is None else own, _count(spec.validation, base), "validation")
+        leave = 1 if own is None and unnamed is pool else 0
+        count = _count(spec.validation, base)
+        validation = some(unnamed if own is None else own, count, "validation", last=True, leave=leave)
     elif own is not None:
         validation = own
     else:
@@ -102,26 +141,56 @@ def choose(spec: DatasetSpec, parts: Mapping[str, Rows]) -> Chosen:
     if len(np.intersect1d(train, validation)):
         raise DataError(f"dataset.validation: {spec.validation} is trained on; choose another part")
     if isinstance(spec.train, int | float):
-        train = _first(train, _count(spec.train, train), "train")
+        train = some(train, _count(spec.train, train), "train")
     if spec.subset is not None:
-        train = _first(train, spec.subset, "subset")
+        train = some(train, spec.subset, "subset")
     if not len(train):
         raise DataError(f"dataset.validation: its {len(validation):,} images leave none to train on")
     return train, validation, test
+
+
+_DRAWS = ("test", "validation", "train", "subset")  # each draw has a seed of its own, whatever others there are
 
 
 def _count(amount: int | float, rows: Indices) -> int:
     return amount if isinstance(amount, int) else round(amount * len(rows))
 
 
-def _last(rows: Indices, count: int, key: str) -> Indices:
-    return _first(rows[::-1], count, key)[::-1]
+def stratified(y: Labels, count: int, seed: Sequence[int], leave: int = 0) -> Indices:
+    """Positions, ascending, of `count` examples drawn at random, of each class in proportion.
+
+    A class has its share rounded down or up, by the largest remainders. But at least one example of it is drawn, if
+    `count` allows that for all, and `leave` of it are left, if the classes allow that together.
+    """
+    rng = np.random.default_rng(list(seed))
+    sizes = np.unique(y, return_counts=True)[1]
+    order, ties = rng.permutation(len(y)), rng.permutation(len(sizes))
+    order = order[np.argsort(y[order], kind="stable")]  # class by class, at random within
+    place = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    shares = _shares(sizes.astype(np.int64), count, leave, ties)
+    return np.sort(order[place < np.repeat(shares, sizes)])
 
 
-def _first(rows: Indices, count: int, key: str) -> Indices:
-    if not 1 <= count <= len(rows):
-        raise DataError(f"dataset.{key}: expected 1 to {len(rows):,} images, got {count:,}")
-    return rows[:count]
+def _shares(sizes: NDArray[np.int64], count: int, leave: int, ties: Indices) -> NDArray[np.int64]:
+    """How many of the `count` each class of these sizes has; equal remainders are ranked by `ties`."""
+    while (most := np.maximum(sizes - leave, 0)).sum() < count:
+        leave -= 1
+    least = np.minimum(most, 1)
+    if least.sum() > count:
+        least = np.zeros_like(most)
+    total = int(sizes.sum())
+    shares = np.clip(count * sizes // total, least, most)
+    while missing := count - int(shares.sum()):
+        sign = 1 if missing > 0 else -1
+        room = most - shares if missing > 0 else shares - least
+        owed = sign * (count * sizes - shares * total)
+        ranked = np.lexsort((ties, -owed))
+        ranked = ranked[room[ranked] > 0][: abs(missing)]
+        if len(ranked) == abs(missing):
+            shares[ranked] += sign
+        else:  # bounds hold many: all that have room share what is missing
+            shares += sign * (room * abs(missing) // int(room.sum()))
+    return shares
 
 
 def _named(rows: Mapping[str, Indices], names: Sequence[str], key: str) -> Indices:
@@ -162,9 +231,23 @@ def _by_reference(source: Source, folder: Path, chosen: Chosen, normalise: str) 
 # The files and their one converted copy --------------------------------------------------------------------------
 
 
+def located(path: str, setting: str = "dataset.path") -> Path:
+    """The absolute path of a file or folder that a user named. Raises DataError if there is none."""
+    try:
+        found = Path(path).expanduser().absolute()
+        found.stat()
+    except (RuntimeError, ValueError) as error:  # "~nobody", or a NUL
+        raise DataError(f"{path!r}: expected the path of a file ({setting}): {error}") from None
+    except FileNotFoundError:
+        raise DataError(f"{found}: no such file ({setting})") from None
+    except OSError as error:
+        raise DataError(f"{found}: {error.strerror} ({setting})") from None
+    return found
+
+
 def find_cifar10(settings: Settings, path: str | None = None) -> Path:
     """The folder that holds the batches: the given path, SIEVE_DATA_DIR or the data folder, or one below it."""
-    base = Path(path).expanduser().absolute() if path else settings.data_dir or settings.data_cache
+    base = located(path) if path else settings.data_dir or settings.data_cache
     for folder in (base, *(base / archive.folder for archive in ARCHIVES.values())):
         if any((folder / (name + suffix)).is_file() for name in BATCHES for suffix in ("", ".bin")):
             return folder
@@ -172,6 +255,33 @@ def find_cifar10(settings: Settings, path: str | None = None) -> Path:
         f"cifar10: no batches in {base}, {' or '.join(archive.folder for archive in ARCHIVES.values())}; "
         "run `sieve data fetch cifar10`, or set SIEVE_DATA_DIR to the folder that holds them"
     )
+
+
+CONVERTED = 2  # how files become copies; a copy that was made in another way is made again
+ENDS = 65_536  # bytes at a file's beginning and end that are looked at: an npz has its checksums there
+
+
+def _stamps(watched: Sequence[Path]) -> dict[str, list[int | str]]:
+    """What tells these files from others in their places, without reading them whole."""
+    found: dict[str, list[int | str]] = {}
+    for path in filter(Path.is_file, watched):
+        with path.open("rb") as file:
+            sha = hashlib.sha256(file.read(ENDS))
+            file.seek(-min(ENDS, path.stat().st_size), 2)
+            sha.update(file.read(ENDS))
+        found[str(path)] = [*data.stamp(path), sha.hexdigest()]
+    return found
+
+
+def _read(name: str, path: Path) -> Source:
+    """The source that the reader of this name finds there, checked and ready to be trained on."""
+    source = data.READERS[name](path)
+    split = data.checked(name, source.x, source.y)
+    if source.x.dtype in (np.uint8, np.float32):
+        return source
+    offset = data.offset_of(split.x)
+    findings = data.fallen_together(split.x, offset)
+    return replace(source, x=data.settled(name, split, offset).x, findings=(*source.findings, *findings), offset=offset)
 
 
 def _stored(spec: DatasetSpec, settings: Settings) -> tuple[Path, tuple[str, ...]]:
@@ -182,30 +292,33 @@ def _stored(spec: DatasetSpec, settings: Settings) -> tuple[Path, tuple[str, ...
     else:
         if spec.path is None:
             raise DataError(f"dataset.path: expected the path of {spec.name}'s file")
-        path = Path(spec.path).expanduser().absolute()
-        if not path.exists():
-            raise DataError(f"{path}: no such file (dataset.path)")
+        path = located(spec.path)
+        if spec.name == "npz" or not path.is_dir():
+            files.regular(path)
         watched = [path, *sorted(path.rglob("*"))]
-    stamps = {str(file): [(at := file.stat()).st_size, at.st_mtime_ns] for file in watched if file.is_file()}
+    stamps = _stamps(watched)
     cache = settings.data_cache
     note = cache / f"{spec.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
     try:
         known = json.loads(note.read_bytes())
         folder = cache / known["folder"]
-        if known["files"] == stamps and data.load_stored(folder):
+        if (known["converted"], known["files"]) == (CONVERTED, stamps) and data.load_stored(folder):
             return folder, tuple(known["findings"])
     except (OSError, ValueError, KeyError):
         pass  # never read before, or the copy is not whole: read the files
-    source = data.READERS[spec.name](path)
+    source = _read(spec.name, path)
+    if _stamps(watched) != stamps:
+        raise DataError(f"{path}: it changed while it was read; launch again when it is written whole")
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = cache / _copy_name(source)
     data.store(source, folder)
-    content = {"folder": folder.name, "files": stamps, "findings": source.findings}
+    content = {"folder": folder.name, "converted": CONVERTED, "files": stamps, "findings": source.findings}
     data.write_atomically(note, lambda file: file.write(json.dumps(content, indent=1).encode()))
     return folder, source.findings
 
 
 def _copy_name(source: Source) -> str:
-    content = data.content_digest(Split(source.x, source.y)) + json.dumps(source.parts)
+    content = data.content_digest(Split(source.x, source.y), offset=source.offset) + json.dumps(source.parts)
     return f"{source.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
@@ -239,7 +352,10 @@ def listing(settings: Settings) -> list[Row]:
 
 
 def check(name: str, settings: Settings, path: str | None = None) -> list[Row]:
-    """Read every file of a dataset again, and its converted copies: one row each, `ok` False if it is damaged."""
+    """Read every file of a dataset again, and its converted copies: one row each, `ok` False if it is damaged.
+
+    If it is whole, also a row for each class: how many examples each part has of it, as split by default.
+    """
     if name == "cifar10":
         folder = find_cifar10(settings, path)
         suffix = ".bin" if (folder / "data_batch_1.bin").is_file() else ""
@@ -248,15 +364,44 @@ def check(name: str, settings: Settings, path: str | None = None) -> list[Row]:
         for i, row in enumerate(rows):
             if row.ok and row.detail in {earlier.detail for earlier in rows[:i]}:
                 rows[i] = replace(row, state="refused", detail="the same as an earlier batch", ok=False)
+        if all(row.ok for row in rows):
+            with _as_data_error():
+                rows += _check_classes(name, data.read_cifar10(folder))
     elif name == "digits" or (name in data.READERS and path):
         with _as_data_error():
-            source = data.read_digits() if name == "digits" else data.READERS[name](Path(str(path)).expanduser())
+            source = data.read_digits() if name == "digits" else _read(name, located(str(path), "PATH"))
         rows = [Row(source.files[0].name, "readable", f"{len(source.y):,} examples of {source.x.shape[1]} values")]
+        rows += [Row(name, "warning", finding) for finding in source.findings] + _check_classes(name, source, path)
     else:
         with_path = " or ".join(other for other in data.READERS if other != "cifar10")
         raise DataError(f"expected digits, cifar10, or {with_path} with the path of a file, got {name!r}")
     copies = sorted(settings.data_cache.glob(f"{name}-{'?' * 16}/"))
     return rows + [_check_copy(copy) for copy in copies]
+
+
+MOST_ROWS = 100  # classes that `sieve data check` shows
+
+
+def _check_classes(name: str, source: Source, path: str | None = None) -> list[Row]:
+    """A row for each class: its examples in each part, as split by default; and one for each finding about them."""
+    from search.study import DatasetSpec
+
+    spec, how = DatasetSpec.model_validate({"name": name, "path": path}), ""
+    if spec.validation is None and "val" not in source.parts:
+        spec, how = spec.model_copy(update={"validation": 0.2}), " with validation: 0.2"
+    try:
+        chosen = choose(spec, source.parts, source.y)
+        notes = _lacking(spec, source, chosen)
+    except DataError as error:
+        return [Row(name, "refused", str(error), ok=False)]
+    counts = class_counts(source, chosen)
+    rows = [
+        Row(f"class {label}", f"as split{how}", ", ".join(f"{part} {n[k]:,}" for part, n in counts.items()))
+        for k, label in enumerate(source.classes[:MOST_ROWS])
+    ]
+    if (more := len(source.classes) - MOST_ROWS) > 0:
+        rows.append(Row("classes", "not shown", f"{more:,} more"))
+    return rows + [Row(name, "warning", note) for note in notes]
 
 
 def _check_copy(folder: Path) -> Row:

@@ -6,6 +6,7 @@ optuna.create_study(direction="maximize").optimize(objective(spec), n_trials=20)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,9 @@ def objective(spec: StudySpec, data: Dataset | None = None) -> Callable[[optuna.
     Raises optuna.TrialPruned when the pruner says so, or when training diverged. The trial's test figures are
     user attributes, of the evaluation that the value is of; they are never part of the value.
     """
-    dataset = data or open_dataset(spec.dataset, Settings.from_environment())[0]
+    dataset, notes = (data, []) if data else open_dataset(spec.dataset, Settings.from_environment())
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
 
     def train(trial: optuna.Trial) -> float:
         state = start(suggest(trial, spec), dataset, (spec.seed, trial.number), (spec.seed, 0), spec.keep)

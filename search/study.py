@@ -40,6 +40,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from core.data import BATCHES, READERS
+from core.files import regular
 from core.train import Evaluation, Keep, TrainConfig
 from search.errors import StudyFileError
 from search.strict_yaml import MOST_BYTES, Mistake, Place, parse, short
@@ -305,7 +306,14 @@ class DatasetSpec(_Model):
     test: Annotated[
         bool | int, _that(lambda v: isinstance(v, bool) or (_amount(v) and v >= 1), "true, false or a count")
     ] = Field(default=True, description="true: the test images, if the data has any; a count: so many of them")
-    subset: Count | None = Field(default=None, description="train on the first n only")
+    subset: Count | None = Field(default=None, description="train on so many of them only")
+    split: Literal["stratified", "last"] = Field(
+        default="stratified",
+        description="which images a count or a fraction takes: stratified draws them at random, of each class in "
+        "proportion; last takes the end for validation and test, the beginning for train and subset. Batches and "
+        "parts that an npz has stay as they are",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of that draw")
     normalise: Literal["none", "mean", "standard"] = Field(
         default="standard",
         description="by the training split: mean subtracts the mean image, standard divides by the deviation too",
@@ -323,6 +331,8 @@ class DatasetSpec(_Model):
     def _misfits(self) -> Iterator[Mistake]:
         if self.name not in ("digits", "cifar10") and self.path is None:
             yield ("path",), f"required, but not given: the {self.name} file"
+        if self.split == "last" and self.seed:
+            yield ("seed",), f"expected none with split: last, which draws nothing; got {self.seed}"
         if self.name == "digits" and self.path is not None:
             yield ("path",), f"expected none, the digits come with Sieve; got {short(self.path)}"
         train = self.train if isinstance(self.train, list) else []
@@ -876,7 +886,8 @@ def difference(stored: StudySpec, given: StudySpec) -> list[str]:
 
     def said(path: Place) -> str:
         a, b = (short(own[path]) if path in own else "nothing" for own in leaves)
-        return f"{_dotted(path)}: {a} as stored, {b} as given"
+        go_on = f"; write `split: {leaves[0][path]}` there to go on" if path[-2:] == ("dataset", "split") else ""
+        return f"{_dotted(path)}: {a} as stored, {b} as given{go_on}"
 
     paths = sorted(leaves[0].keys() | leaves[1].keys(), key=lambda path: [str(part) for part in path])
     return [said(path) for path in paths if leaves[0].get(path, ...) != leaves[1].get(path, ...)]
@@ -896,6 +907,7 @@ def _leaves(path: Place, value: Any) -> Iterator[tuple[Place, Any]]:
 def load(path: Path | str, overrides: Sequence[str] = ()) -> StudySpec:
     """The study in a YAML file; `overrides` are texts such as "search.trials=8". Raises StudyFileError."""
     try:
+        regular(Path(path))
         with Path(path).open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:
@@ -904,7 +916,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> StudySpec:
     except UnicodeDecodeError:
         raise StudyFileError([f"{path}: expected UTF-8 text"]) from None
     except (OSError, ValueError) as error:
-        raise StudyFileError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from None
+        said = str(getattr(error, "strerror", None) or error)
+        raise StudyFileError([f"{path}: {said.removeprefix(f'{path}: ')}"]) from None
     return loads(text, str(path), overrides)
 
 
@@ -934,7 +947,12 @@ def loads(text: str, source: str = "study", overrides: Sequence[str] = ()) -> St
 
 
 def restore(stored: Mapping[str, Any], source: str | None = None) -> StudySpec:
-    """The study whose `to_json` was stored. Raises StudyFileError when another version of Sieve wrote it."""
+    """The study whose `to_json` was stored. Raises StudyFileError when another version of Sieve wrote it.
+
+    What was stored before there was a choice of splits was split as `last` says.
+    """
+    if isinstance(stored.get("dataset"), dict):
+        stored = {**stored, "dataset": {"split": "last", **stored["dataset"]}}
     try:
         return StudySpec.model_validate(dict(stored))
     except ValidationError as error:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import data
+from core import train as training
 from core.data import Dataset, Source
 
 HERE = Path(__file__).resolve().parents[1]
@@ -147,6 +148,177 @@ def test_a_dataset_of_arrays_travels_by_value() -> None:
         dataset.train.x[0, 0] = 1
 
 
+# Features far from 0 ------------------------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(3)
+SIGNAL = NOISE.integers(0, 1_000, (400, 3))  # whole numbers; the first two decide the class
+CLASS = (SIGNAL[:, 0] + SIGNAL[:, 1] > 1_000).astype(np.int64)
+FAR: dict[str, tuple[Any, float]] = {  # the same, where people have it; and how much of it float64 itself keeps
+    "seconds since 1970": (SIGNAL + 1.7e9, 1e-9),
+    "milliseconds, as whole numbers": (SIGNAL + 1_700_000_000_000, 1e-9),
+    "nanoseconds since 1970": (SIGNAL * 1_000_000 + 1_700_000_000_000_000_000, 1e-4),
+    "numbers of 64 bits": (SIGNAL.astype(np.uint64) + np.uint64(2**64 - 2_000), 1.0),
+    "negative numbers": (SIGNAL - 10**9, 1e-9),
+    "above 2**24": ((SIGNAL + 2**30).astype(np.int32), 1e-9),
+    "coordinates": (SIGNAL / 1e6 + np.array([5_000_000.0, 500_000.0, 0.0]), 1e-4),
+    "with an outlier": (np.where(np.arange(400)[:, None] == 5, 0.0, SIGNAL + 1e12), 1e-2),
+    "big-endian": ((SIGNAL + 1.7e9).astype(">f8"), 1e-9),
+}
+
+
+def learnt(dataset: Dataset) -> float:
+    """The share of the training examples that a line tells apart after twenty epochs."""
+    config = training.TrainConfig.from_params(
+        {"hidden_sizes": [], "eta": 0.1, "momentum": 0.9, "batch_size": 20, "epochs": 20}
+    )
+    (state,), (progress,) = training.advance([training.start(config, dataset, (0,))], dataset, 20)
+    assert state.finished
+    return progress.evaluations[-1].metrics["accuracy/val"]
+
+
+@pytest.mark.parametrize("kind", FAR)
+def test_features_far_from_zero_train_as_centred_ones_do(kind: str) -> None:
+    """Times, ids and coordinates lose nothing by where they lie: training is as good as on the same near 0."""
+    x, _ = FAR[kind]
+    near = SIGNAL.astype(np.float32)
+    keep = np.arange(400) != 5 if "outlier" in kind else np.ones(400, bool)
+    near_by = Dataset.from_arrays((near, CLASS), (near[keep], CLASS[keep]), normalise="standard")
+    far_off = Dataset.from_arrays((x, CLASS), (x[keep], CLASS[keep]), normalise="standard")
+    assert learnt(near_by) > 0.97
+    if "outlier" not in kind:  # which moves mean and deviation of its feature
+        assert learnt(far_off) > 0.97
+    assert far_off.train.x.dtype == np.float32
+    assert [len(np.unique(column)) for column in far_off.train.x[keep].T] == [len(np.unique(c)) for c in near[keep].T]
+
+
+@pytest.mark.parametrize("normalise", ["none", "mean", "standard"])
+@pytest.mark.parametrize("kind", [kind for kind in FAR if "64 bits" not in kind])  # float64 has no room for these
+def test_mean_and_scale_apply_to_what_was_given(kind: str, normalise: str) -> None:
+    """(x - mean) * scale of the raw numbers in float64 is what the network is trained on."""
+    x, lost = FAR[kind]
+    dataset = Dataset.from_arrays((x, CLASS), (x, CLASS), normalise=normalise)
+    trained = (dataset.train.x.astype(np.float64) - dataset.shift) * dataset.scale
+    given = (x.astype(np.float64) - dataset.mean) * dataset.scale
+    size = np.abs(given).max() if normalise == "none" else max(1.0, trained.std())
+    np.testing.assert_allclose(trained, given, atol=size * max(lost, 1e-6))
+    if normalise == "standard":
+        np.testing.assert_allclose(given.mean(axis=0), 0, atol=max(lost, 1e-6))
+        np.testing.assert_allclose(given.std(axis=0), 1, rtol=1e-4)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([np.uint8, np.float32, np.float16, np.int16]))
+@settings(max_examples=20, deadline=None)
+def test_numbers_that_float32_holds_stay_as_they_are(seed: int, kind: type) -> None:
+    """uint8 and float32, and all that float32 holds exactly, are trained on bit for bit as they were given."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(50, 3)) * 100 + 1000 * rng.normal(size=3)).astype(kind)
+    dataset = Dataset.from_arrays((x, np.arange(50) % 2), (x, np.arange(50) % 2), normalise="standard")
+    assert np.array_equal(dataset.train.x, x.astype(np.float32))
+    assert dataset.mean is dataset.shift or np.array_equal(dataset.mean, dataset.shift)
+    assert dataset.mean.dtype == np.float32
+    small = np.arange(150, dtype=np.int64).reshape(50, 3)
+    assert np.array_equal(Dataset.from_arrays((small, np.arange(50) % 2), (small, np.arange(50) % 2)).train.x, small)
+
+
+def test_an_offset_survives_storing_and_is_part_of_the_digest(tmp_path: Path) -> None:
+    """A stored copy of features far from 0 has the mean, the scale and the digest of the arrays it was made of."""
+    x, _ = FAR["seconds since 1970"]
+    np.savez(tmp_path / "far.npz", x_train=x, y_train=CLASS, x_val=x[:100], y_val=CLASS[:100])
+    source = data.read_npz(tmp_path / "far.npz")
+    data.store(source, tmp_path / "copy")
+    stored = data.open_stored(tmp_path / "copy", (0, 400), (400, 500), None, "standard")
+    in_memory = Dataset.from_arrays((x, CLASS), (x[:100], CLASS[:100]), normalise="standard")
+    assert stored.digest == in_memory.digest
+    assert np.array_equal(stored.mean, in_memory.mean)
+    assert np.array_equal(pickle.loads(pickle.dumps(stored)).shift, in_memory.shift)
+    later = Dataset.from_arrays((x + 4096, CLASS), (x[:100] + 4096, CLASS[:100]), normalise="standard")
+    assert np.array_equal(later.train.x, in_memory.train.x)
+    assert later.digest != in_memory.digest
+    np.testing.assert_allclose(stored.mean, x.mean(axis=0), rtol=1e-12)
+
+
+MEET = {
+    "two clusters": (np.where(np.arange(200)[:, None] % 2, 1.7e9, 0.0) + np.arange(200)[:, None], 0),
+    "too small": (np.column_stack([np.arange(200.0), np.arange(200) * 1e-60]), 1),
+    "whole numbers of 64 bits": (np.column_stack([np.arange(200), np.r_[0:100, 2**60 : 2**60 + 100]]), 1),
+}
+
+
+@pytest.mark.parametrize("kind", MEET)
+def test_values_that_fall_together_are_told(kind: str, tmp_path: Path) -> None:
+    """Distinct values of a feature that float32 cannot tell apart are a finding that names the feature."""
+    x, feature = MEET[kind]
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(200) % 3)
+    finding = data.read_npz(tmp_path / "x.npz").findings[0]
+    assert "distinct values fall together in float32, the precision of training" in finding
+    assert f": feature {feature} (" in finding
+    assert finding.startswith(f"{tmp_path}/x.npz: ")
+
+
+@pytest.mark.parametrize("kind", ["seconds since 1970", "nanoseconds since 1970", "coordinates"])
+def test_values_that_stay_apart_are_not_told(kind: str, tmp_path: Path) -> None:
+    """Features that keep their values, and ordinary random ones, are no finding."""
+    np.savez(tmp_path / "x.npz", x=FAR[kind][0], y=CLASS)
+    assert data.read_npz(tmp_path / "x.npz").findings == ()
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((30_000, 3)), y=np.arange(30_000) % 2)
+    assert data.read_npz(tmp_path / "x.npz").findings == ()
+
+
+def test_numbers_that_float64_cannot_tell_apart_are_told(tmp_path: Path) -> None:
+    """Whole numbers beyond float64's precision are trained on exactly, but whoever predicts from them is warned."""
+    np.savez(tmp_path / "x.npz", x=FAR["numbers of 64 bits"][0], y=CLASS)
+    (finding,) = data.read_npz(tmp_path / "x.npz").findings
+    assert "in float64, the precision of prediction; subtract something first: feature 0 (" in finding
+
+
+# Labels -----------------------------------------------------------------------------------------------------------
+
+TEN = np.arange(300) % 10
+LABELS = {
+    "millions": (np.where(np.arange(300) == 17, 5_000_000, TEN), "got 5000000 in row 17"),
+    "hundreds of millions": (np.where(np.arange(300) == 17, 300_000_000, TEN), "got 300000000 in row 17"),
+    "10**12": (np.where(np.arange(300) == 17, 10**12, TEN), "got 1000000000000 in row 17"),
+    "unsigned that would wrap": (np.where(np.arange(300) == 3, 2**64 - 1, TEN.astype("u8")), "got 1844.* in row 3"),
+    "unsigned that would wrap to a class": (TEN.astype(np.uint64) + np.uint64(2**63), "got 92233720368547758"),
+    "unsigned of 32 bits": (np.where(np.arange(300) == 9, 2**32 - 1, TEN).astype(np.uint32), "got 4294967295 in row 9"),
+    "255 as ignore": (np.where(np.arange(300) == 8, 255, TEN), "label 255 in row 8 makes 256 classes, 245 of them"),
+    "255 in bytes": (np.where(np.arange(300) == 8, 255, TEN).astype(np.uint8), "label 255 in row 8 makes 256 classes"),
+    "the first class too many": (np.where(np.arange(300) == 8, data.MOST_CLASSES, TEN), "at most 4,096 classes"),
+    "-1 as ignore": (np.where(np.arange(300) == 8, -1, TEN).astype(np.int8), "got -1 in row 8"),
+    "the least of all": (np.where(np.arange(300) == 8, -(2**63), TEN), "got -9223372036854775808 in row 8"),
+    "nan": (np.where(np.arange(300) == 8, np.nan, TEN), "got float64 with nan in row 8"),
+    "infinite": (np.where(np.arange(300) == 8, np.inf, TEN), "got float64 with inf in row 8"),
+    "dates": (TEN.astype("M8[s]"), r"got datetime64\[s\]"),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_that_number_no_classes_are_refused_early(kind: str, tmp_path: Path) -> None:
+    """Labels are judged in their own type; the label, its row and what to do are said before anything is planned."""
+    y, message = LABELS[kind]
+    x = np.zeros((300, 2), np.float32)
+    with pytest.raises(ValueError, match=f"train y: .*{message}"):
+        Dataset.from_arrays((x, y), (x, TEN))
+    if "dates" not in kind:
+        np.savez(tmp_path / "x.npz", x=x, y=y)
+        with pytest.raises(ValueError, match=f"x.npz: train y: .*{message}"):
+            data.read_npz(tmp_path / "x.npz")
+    if "classes" not in message:
+        with pytest.raises(ValueError, match=f"validation y: .*{message}"):
+            Dataset.from_arrays((x, TEN), (x, y))
+
+
+def test_labels_with_few_gaps_are_taken() -> None:
+    """Labels that begin at 1, and classes that only one part has, are no reason to refuse the data."""
+    x = np.zeros((300, 2), np.float32)
+    assert len(Dataset.from_arrays((x, TEN + 1), (x, TEN + 1)).classes) == 11
+    assert len(Dataset.from_arrays((x, TEN % 2), (x, TEN)).classes) == 10
+    assert Dataset.from_arrays((x, TEN.astype(np.uint64)), (x, TEN)).train.y.dtype == np.int64
+    named = Dataset.from_arrays((x, TEN * 10), (x, TEN), classes=[str(i) for i in range(100)])
+    assert len(named.classes) == 100
+
+
 # npz ------------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +339,7 @@ def test_npz_parts_are_found(tmp_path: Path) -> None:
     [
         ({"x": X}, "no array 'y' among"),
         ({"x_train": X, "y_train": Y, "y_val": Y}, "no array 'x_val' among"),
-        ({"x": np.array([{}], object), "y": Y}, "allow_pickle=False"),
+        ({"x": np.array([{}], object), "y": Y}, "x.npy: expected numbers, got Python objects"),
         ({"x": X[0], "y": Y}, "expected images as rows"),
         ({"x_train": X, "y_train": Y, "x_test": X / 3, "y_test": Y}, "one width and type"),
     ],

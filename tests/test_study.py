@@ -255,6 +255,41 @@ def test_a_space_with_nothing_left_is_refused() -> None:
     ]
 
 
+def test_studies_of_older_versions_keep_their_split() -> None:
+    """What was stored without a split was split by the last rows, in every stage; new files draw at random."""
+    given = study(
+        dataset={"name": "digits", "validation": 100},
+        search={"method": "coarse-to-fine", "stages": [{}, {"dataset": {"validation": 50}}]},
+        confirm={"dataset": {"validation": 20}},
+    )
+    new = loads(json.dumps(given))
+    assert new.dataset.split == "stratified"
+    assert restore(json.loads(new.to_json())) == new
+    old = json.loads(new.to_json())
+    for part in (old, old["search"]["stages"][1], old["confirm"]):
+        del part["dataset"]["split"], part["dataset"]["seed"]
+    restored = restore(old)
+    assert {restored.dataset_of(stage).split for stage in ("s0", "s1", "confirm")} == {"last"}
+    assert difference(restored, new) == [
+        f"{place}dataset.split: 'last' as stored, 'stratified' as given; write `split: last` there to go on"
+        for place in ("confirm.", "", "search.stages.1.")
+    ]
+    as_it_was = loads(json.dumps(given), overrides=["dataset.split=last"])
+    assert difference(restored, as_it_was) == []
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("studies/*.yaml")), ids=lambda path: path.stem)
+def test_studies_of_the_reports_keep_their_data(path: Path) -> None:
+    """Each study of the repository says that its images are those that the reports had."""
+    assert load(path).dataset.split == "last"
+
+
+def test_a_draw_that_is_none_has_no_seed() -> None:
+    """A seed beside the split that draws nothing is a mistake."""
+    with pytest.raises(StudyFileError, match=r"dataset.seed: expected none with split: last.*got 3"):
+        loads(json.dumps(study(dataset={"name": "digits", "split": "last", "seed": 3})))
+
+
 def test_overrides_change_any_part() -> None:
     """--set takes YAML values, makes missing sections, reaches into lists and shorthands, and null removes."""
     text = json.dumps(study(search={"method": "coarse-to-fine", "stages": [{}, {}]}, base={"eta": 0.1}))
@@ -631,7 +666,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "none.yaml: No such file or directory",
         "latin.yaml: expected UTF-8 text",
         "large.yaml: expected a study file of at most 1 MiB",
-        "folder: Is a directory",
+        "folder: expected an ordinary file, got a folder",
         "nul\0: embedded null byte",
     ]
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + json.dumps(study()).encode())

@@ -40,7 +40,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 # what is typed, where {home}, {tmp} and {file} stand for folders and a study file: exit code, words of the answer
 CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "missing study file": (["launch", "{tmp}/none.yaml"], 2, ["none.yaml: No such file"]),
-    "folder as study file": (["launch", "{tmp}"], 2, ["{tmp}: Is a directory"]),
+    "folder as study file": (["launch", "{tmp}"], 2, ["{tmp}: expected an ordinary file, got a folder"]),
     "misspelled study": (["best", "quik"], 2, ["no study is called 'quik'; did you mean quick?"]),
     "path as study": (["status", "../quick"], 2, ["no study is called '../quick'"]),
     "NUL in a study's name": (["best", "a\0b"], 2, ["no study is called"]),
