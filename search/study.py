@@ -507,7 +507,10 @@ class Confirm(_Model):
 
 
 class Median(_Model):
-    """Stops a trial that is worse than the median of the finished ones after as many evaluations."""
+    """Stops a trial that is worse than the median of the finished ones after as many evaluations.
+
+    Only trials of stages with the same settings and data are compared; confirm is never cut.
+    """
 
     method: Literal["median"]
     startup: Count = Field(default=5, description="trials that end before any is stopped")
@@ -517,7 +520,9 @@ class Median(_Model):
 class Halving(_Model):
     """After `least` evaluations, and each time they have grown by the factor `reduction`, the best 1/reduction go on.
 
-    Hyperband does so in several brackets, which start with different numbers of evaluations.
+    Hyperband does so in several brackets, which start with different numbers of evaluations. Only trials of stages with
+    the same settings and data are compared; confirm is never cut. Where `eval_every` is searched, an evaluation is the
+    longest of the intervals, so that all trials are compared after as many updates.
     """
 
     method: Literal["successive-halving", "hyperband"]

@@ -363,6 +363,21 @@ def test_stages_of_another_budget_are_not_compared() -> None:
     assert sorted(map(str, again)) == sorted(str(f.params) for f in second)
 
 
+@pytest.mark.parametrize("ended", [1, 3])
+def test_a_stage_without_any_result_takes_no_earlier_one_away(ended: int) -> None:
+    """Where a stage of another budget has brought nothing so far, or in all, the choice is among those before it."""
+    stages = [{"trials": 3, "base": {"epochs": 2}}, {"trials": 3, "base": {"epochs": 5}}]
+    spec = study({"method": "coarse-to-fine", "stages": stages}, confirm={"top": 2, "repeats": 1})
+    first = [Finished(p.slot, p.params, s) for p, s in zip(propose(spec, []), (0.2, 0.9, 0.7), strict=True)]
+    second = [Finished(p.slot, p.params, -math.inf) for p in propose(spec, first)[3:]][:ended]
+    chosen = plan.choose(spec, first + second)
+    assert chosen is not None
+    assert (chosen.params, chosen.mean) == (first[1].params, 0.9)
+    if ended == 3:
+        again = [p.params for p in propose(spec, first + second) if p.stage == "confirm"]
+        assert again == [first[1].params, first[2].params]
+
+
 def test_border_in_words() -> None:
     """A best value next to an end of the space is reported in words, one in the middle is not."""
     spec = study({"method": "random", "trials": 1}, {"lambda": {"low": 1e-5, "high": 1e-1, "log": True}})

@@ -55,7 +55,7 @@ def values(settings: Settings, study: str = "quick") -> dict[Slot, list[tuple[An
     found: dict[Slot, list[tuple[Any, ...]]] = {}
     storage = open_study(study, settings).storage
     for a in attempts(settings, study):
-        attrs = {k: v for k, v in a.attrs.items() if k != "seconds"}
+        attrs = {k: v for k, v in a.attrs.items() if k not in ("seconds", "home")}
         curve = storage.get_trial(a.trial_id).intermediate_values
         found.setdefault(a.slot, []).append((a.state, a.value, json.dumps([a.params, attrs, curve], sort_keys=True)))
     return found
@@ -452,18 +452,18 @@ def test_weights_and_figures_are_those_of_the_evaluation_that_is_reported(
 
 
 def test_the_best_weights_survive_stops(settings: Settings, quick: Spec, tmp_path: Path) -> None:
-    """A study stopped after every slice of an epoch ends with the weights of one that was left alone."""
+    """A study stopped after every slice of three epochs ends with the weights of one that was left alone."""
     spec = quick(**RISING, metric="best_val_loss")
     other = Settings.from_environment({"SIEVE_HOME": str(tmp_path / "other")})
     launch(spec, settings, workers=1)
 
-    def an_epoch(runner: Runner) -> None:
-        runner._most_epochs = lambda trial: 1  # type: ignore[method-assign]
+    def three_epochs(runner: Runner) -> None:
+        runner._most_epochs = lambda trial: 3  # type: ignore[method-assign]
         stop_after_first_slice(runner)
 
     for _ in range(60):
         with suppress(Interrupted):
-            launch(spec, other, workers=2, started=an_epoch)
+            launch(spec, other, workers=2, started=three_epochs)
             break
     assert values(settings) == values(other)
     for home in (settings, other):
