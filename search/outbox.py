@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -451,16 +451,17 @@ def trial_begun(
     return Record("trial_begun", study, uid, 0, when, payload)
 
 
-def trial_progress(
-    study: str, uid: str, seq: int, when: float, points: Sequence[Point], *, recovered: bool = False
-) -> Record:
-    """The curve points of one slice; seq = the update count at its end, steps must grow.
+def trial_progress(study: str, uid: str, seq: int, when: float, points: Sequence[Point]) -> Record:
+    """The curve points of one slice; seq = the update count at its end, steps must grow."""
+    return Record("trial_progress", study, uid, seq, when, {"points": [list(point) for point in points]})
 
-    recovered: put again from elsewhere, because the journal was lost. MLflow may have these points, with the times
-    at which they were first recorded: only those whose step it lacks are sent.
+
+def recovered(record: Record) -> Record:
+    """A record of a trial that is put again from elsewhere, because the journal was lost or is an older copy.
+
+    MLflow may have what it tells of, with the times at which that was first recorded: it is not shown twice.
     """
-    payload: dict[str, Any] = {"points": [list(point) for point in points]}
-    return Record("trial_progress", study, uid, seq, when, payload | ({"recovered": True} if recovered else {}))
+    return replace(record, payload=record.payload | {"recovered": True})
 
 
 def trial_weights(

@@ -269,6 +269,7 @@ class _Publisher:
         self.ended = ended or threading.Event()  # set: leave after the record at hand
         self.runs: dict[str, tuple[str, str]] = {}  # uid -> (experiment id, run id)
         self.experiments: dict[str, str] = {}
+        self.found: set[str] = set()  # uids whose runs were there, though the journal did not know them
         self.failures: dict[str, int] = {}
         self.acknowledged: set[int] = set()  # ids of records whose points the server took from this publisher
         self._client: Any = None
@@ -559,7 +560,9 @@ class _Publisher:
             tags = {k: str(v) for k, v in begun.payload["tags"].items()} | {"study": self._name(study), "kind": "trial"}
             tags |= {"optuna.number": str(number), "optuna.url": self._dashboard(optuna_study, number)}
         runs = self._active_runs(experiment_id, uid)
-        if not runs:
+        if runs:
+            self.found.add(uid)
+        else:
             self.client.create_run(experiment_id, _ms(begun.when), tags | {UID: uid}, name)
             failpoint("created")
             runs = self._active_runs(experiment_id, uid)
@@ -581,13 +584,15 @@ class _Publisher:
         _, run_id = self._run(study, uid)
         by_kind = {kind: [r for r in records if r.kind == kind] for kind in {r.kind for r in records}}
         begun, ended = by_kind.get("trial_begun"), by_kind.get("trial_ended")
-        recovered = [r for r in records if r.payload.get("recovered")]
-        metrics = _metrics([r for r in records if r not in recovered]) + self._lacking(run_id, recovered)
+        metrics = _metrics(records)
         tags: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             params = self._params(study, begun[0], folder) if begun else []
-            picture = self._draw_weights(uid, by_kind.get("trial_weights", []), bool(ended), folder)
+            # What the run may hold already, under times that this journal does not know:
+            again = uid in self.found or any(record.payload.get("recovered") for record in records)
+            named = self._pictures(run_id) if again else {}
+            picture = self._draw_weights(uid, by_kind.get("trial_weights", []), bool(ended), folder, named)
             if picture is not None:
                 tags["mlflow.loggedImages"] = "True"
             if ended:
@@ -595,10 +600,11 @@ class _Publisher:
                     Metric(f"result/{key}", value, _ms(ended[0].when), 0)
                     for key, value in ended[0].payload["results"].items()
                 ]
-                tags |= self._end(study, ended[0], folder)
+                tags |= self._end(study, ended[0], folder, named)
             if begun or picture is not None or ended:
                 tags[NOTE] = self._note(study, uid, run_id, picture, tags.get("reason"))
-            self.client.log_batch(run_id, metrics, params, [RunTag(k, v) for k, v in tags.items()])
+            new = self._lacking(run_id, metrics) if again else metrics
+            self.client.log_batch(run_id, new, params, [RunTag(k, v) for k, v in tags.items()])
             failpoint("logged")
             self.acknowledged |= {record.id for record in by_kind.get("trial_progress", [])}
             if any(folder.iterdir()):
@@ -625,7 +631,14 @@ class _Publisher:
                 _file(folder / "params" / f"{name}.txt").write_text(text)
         return [Param(name, text) for name, text in texts.items() if len(text) <= LONGEST_PARAM]
 
-    def _draw_weights(self, uid: str, drawn: Sequence[Record], ended: bool, folder: Path) -> str | None:
+    def _pictures(self, run_id: str) -> dict[str, str]:
+        """The pictures of a run by what they show, each with the path that it has."""
+        paths = [item.path for item in self.client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
+        return {path.partition("+timestamp")[0]: path.removesuffix(".png") for path in paths}
+
+    def _draw_weights(
+        self, uid: str, drawn: Sequence[Record], ended: bool, folder: Path, named: Mapping[str, str]
+    ) -> str | None:
         """Pictures of the first layer as the image grid expects them; the path of the last, if there is one.
 
         W1 has a step for each picture; W1_final (and W1_pixels, for inputs standardised one by one) are
@@ -640,12 +653,12 @@ class _Publisher:
             arrays = unpack(record.blob or b"")
             image = figures.weight_tiles(arrays["w"], shape, classes=classes)
             names = [("W1", record.payload["step"]), *([("W1_final", 0)] if final else [])]
-            path = _save_images(image, names, uid, record.when, folder)[0]
+            path = _save_images(image, names, uid, record.when, folder, named)[0]
             if final:
                 self._for_dashboard(uid, folder / path)
             if final and "scale" in arrays:
                 pixels = figures.weight_tiles(arrays["w"], shape, scale=arrays["scale"], classes=classes)
-                _save_images(pixels, [("W1_pixels", 0)], uid, record.when, folder)
+                _save_images(pixels, [("W1_pixels", 0)], uid, record.when, folder, named)
         return path
 
     def _for_dashboard(self, uid: str, picture: Path) -> None:
@@ -655,13 +668,13 @@ class _Publisher:
         shutil.copyfile(picture, part)
         part.replace(target)
 
-    def _end(self, study: str, ended: Record, folder: Path) -> dict[str, str]:
+    def _end(self, study: str, ended: Record, folder: Path, named: Mapping[str, str]) -> dict[str, str]:
         """The files of a trial's end; returns its tags."""
         payload = ended.payload
         tags = {key: str(value) for key, value in payload["tags"].items()}
         if payload["confusion"] is not None:
             image = figures.confusion_matrix(payload["confusion"], payload["classes"] or ())
-            _save_images(image, [("confusion", 0)], ended.uid, ended.when, folder)
+            _save_images(image, [("confusion", 0)], ended.uid, ended.when, folder, named)
             tags["mlflow.loggedImages"] = "True"
         if ended.blob is not None:
             (folder / "weights.npz").write_bytes(ended.blob)
@@ -737,25 +750,17 @@ class _Publisher:
         records = self.box.records(uid, "trial_progress", refused=False)
         if self.acknowledged >= {record.id for record in records}:
             return
+        points = _metrics(records)
         for _ in range(2):
-            if not (missing := self._lacking(run_id, records)):
+            if not (missing := self._lacking(run_id, points)):
                 return
             self.client.log_batch(run_id, missing)
-        raise _Waiting(f"run {run_id} lacks {len(missing)} of {len(_metrics(records))} points")
+        raise _Waiting(f"run {run_id} lacks {len(missing)} of {len(points)} points")
 
-    def _lacking(self, run_id: str, records: Sequence[Record]) -> list[Any]:
-        """The curve points of these records that the run does not hold.
-
-        A recovered point's time is not the one at which it was first recorded: its step alone tells it.
-        """
-        points = [(point, bool(record.payload.get("recovered"))) for record in records for point in _metrics([record])]
-        there: set[tuple[Any, ...]] = set()
-        for key in {point.key for point, _ in points}:
-            for m in self.client.get_metric_history(run_id, key):
-                there |= {(key, m.step, m.timestamp), (key, m.step)}
-        return [
-            p for p, by_step in points if ((p.key, p.step) if by_step else (p.key, p.step, p.timestamp)) not in there
-        ]
+    def _lacking(self, run_id: str, points: Sequence[Any]) -> list[Any]:
+        """Those of these points at whose step the run has none; another time does not make another point."""
+        there = {key: {m.step for m in self.client.get_metric_history(run_id, key)} for key in {p.key for p in points}}
+        return [point for point in points if point.step not in there[point.key]]
 
     def _dashboard(self, study_id: int | None, number: int | None = None) -> str:
         """The address of a study, or of a trial, in the Optuna dashboard."""
@@ -813,13 +818,18 @@ def _metrics(records: Sequence[Record]) -> list[Any]:
     ]
 
 
-def _save_images(image: Image, names: Sequence[tuple[str, int]], uid: str, when: float, folder: Path) -> list[str]:
-    """One picture under (key, step) names, with thumbnails, as `log_image` names them but for the random part."""
+def _save_images(
+    image: Image, names: Sequence[tuple[str, int]], uid: str, when: float, folder: Path, named: Mapping[str, str]
+) -> list[str]:
+    """One picture under (key, step) names, with thumbnails, as `log_image` names them but for the random part.
+
+    named: the paths of pictures that the run has, by what they show; one that shows the same takes its place.
+    """
     data, thumbnail = figures.png(image), figures.thumbnail(image)
     paths = []
     for key, step in names:
-        same = uuid.uuid5(uuid.NAMESPACE_URL, f"{uid}/{key}/{step}")
-        paths.append(f"images/{key}+step+{step}+timestamp+{_ms(when)}+{same}")
+        shows, same = f"images/{key}+step+{step}", uuid.uuid5(uuid.NAMESPACE_URL, f"{uid}/{key}/{step}")
+        paths.append(named.get(shows, f"{shows}+timestamp+{_ms(when)}+{same}"))
         _file(folder / f"{paths[-1]}.png").write_bytes(data)
         (folder / f"{paths[-1]}+compressed.webp").write_bytes(thumbnail)
     return [f"{path}.png" for path in paths]
