@@ -187,12 +187,10 @@ def _run(as_json: bool, start: Callable[..., "Outcome"]) -> None:
 
     runners: list[Runner] = []  # none until it has begun
 
-    def on_signal(number: int, _: Any) -> None:
+    def on_signal(_: int, __: Any) -> None:
         if not runners:
             raise KeyboardInterrupt
         if runners[0].stopping:
-            if number == signal.SIGHUP:  # it follows SIGTERM, or itself, when a session ends
-                return
             try:
                 display.console.show_cursor()
             finally:

@@ -16,10 +16,18 @@ LOOPBACK = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1", "[::1]")  # as urlli
 
 
 def on_end(handler: Callable[[int, Any], None]) -> None:
-    """Let the signals that end a process do this; under nohup, which ignores SIGHUP, that stays ignored."""
+    """Let the signals that end a process do this; under nohup, which ignores SIGHUP, that stays ignored.
+
+    When a session ends, SIGHUP follows SIGTERM, or itself: only the first signal may be one, for it means no haste.
+    """
+
+    def heard(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        handler(number, frame)
+
     for number in ENDING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, heard)
 
 
 def spare_loopback(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -63,7 +71,7 @@ def forgive_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 

@@ -6,7 +6,6 @@ next. Waiting for whatever else is down is all that a service does about it.
 
 import errno
 import os
-import signal
 import sqlite3
 import subprocess
 import threading
@@ -217,11 +216,10 @@ def serve(settings: Settings, say: Callable[[str], None], workers: int | None = 
     """Serve until SIGTERM, SIGHUP or Ctrl-C, which save what runs; the second one ends at once."""
     service = Service(settings, say, workers)
 
-    def on_signal(number: int, _: Any) -> None:
-        if not service.stopping.is_set():
-            service.stop()
-        elif number != signal.SIGHUP:  # which follows SIGTERM, or itself, when a session ends
+    def on_signal(_: int, __: Any) -> None:
+        if service.stopping.is_set():
             os._exit(130)
+        service.stop()
 
     on_end(on_signal)
     settings.make_home()
