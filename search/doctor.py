@@ -13,16 +13,15 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_info
 
-from search import datasets, tracking
+from search import datasets, embedded, tracking
 from search.errors import DiskError, SieveError, StorageLost
 from search.executor import cores, open_executor
 from search.outbox import Outbox
-from search.settings import Settings, redact, sqlite_path
+from search.settings import Settings, redact
 from search.storage import is_empty, open_storage, study_names
 
 PACKAGES = ("sieve", "numpy", "optuna", "optuna-dashboard", "mlflow", "sqlalchemy", "psycopg", "distributed")
 FREE_BYTES = 1e9
-VERSIONED = "alembic_version"
 ADVICE = {
     401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what it knows",
     403: "name this host in the server's --allowed-hosts, or give this user the right",
@@ -81,12 +80,13 @@ def _home(settings: Settings) -> Iterator[Finding]:
 
 
 def _readable_by_others(settings: Settings) -> Path | None:
-    """One of our files, made by an older version, that others can get at."""
+    """One of our files or folders, made by an older version, that others can get at."""
     if not settings.home.exists() or not settings.home.stat().st_mode & 0o011:
         return None
-    ours = (settings.outbox, settings.checkpoints, settings.artifacts, settings.trial_artifacts, settings.data_cache)
-    stores = (settings.home / "sieve.db", settings.home / "mlflow.db", settings.outbox.parent)
-    return next((path for path in (*stores, *ours) if path.exists() and path.stat().st_mode & 0o044), None)
+    folders = (settings.outbox.parent, settings.checkpoints, settings.artifacts, settings.data_cache)
+    files = (settings.home / "sieve.db", settings.home / "mlflow.db")
+    ours = [(path, 0o044) for path in files] + [(path, 0o011) for path in folders]
+    return next((path for path, mode in ours if path.exists() and path.stat().st_mode & mode), None)
 
 
 def _free(place: Path) -> float:
@@ -112,7 +112,7 @@ def _storage(settings: Settings) -> Iterator[Finding]:
 def _mlflow(settings: Settings) -> Iterator[Finding]:
     uri = settings.tracking_uri
     if not uri.startswith(("http://", "https://")):
-        yield from _embedded(uri)
+        yield from _embedded(settings)
         return
     shown = redact(uri)
     try:
@@ -128,45 +128,38 @@ def _mlflow(settings: Settings) -> Iterator[Finding]:
         yield Finding("mlflow", False, f"{shown} answers {status} {reason}".rstrip(), advice)
 
 
-def _embedded(uri: str) -> Iterator[Finding]:
-    """An MLflow database of our own: whole, and of a layout that the MLflow here knows."""
-    path = sqlite_path(uri)
-    text = f"{path} (embedded; `sieve ui` shows it)"
-    if not uri.startswith("sqlite:///") or not path.exists():
-        yield Finding("mlflow", True, text if uri.startswith("sqlite:///") else f"{redact(uri)} (not asked)")
+def _embedded(settings: Settings) -> Iterator[Finding]:
+    """An MLflow database of our own: whole, and of a layout that the MLflow here knows, or can bring up to date."""
+    path = embedded.database(settings)
+    if path is None or not path.exists():
+        yield Finding("mlflow", True, f"{redact(settings.tracking_uri)} (embedded; `sieve ui` shows it)")
         return
-    afresh = f"when no `sieve` runs, move {path} aside; `sieve sync --redo` makes it anew from the outbox"
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10)) as db:
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            version = db.execute("SELECT version_num FROM alembic_version").fetchone() if VERSIONED in tables else None
+            versioned = "alembic_version" in tables
+            versions = db.execute("SELECT version_num FROM alembic_version").fetchall() if versioned else []
     except sqlite3.Error as error:
-        yield Finding("mlflow", False, f"{path}: {error}", afresh)
+        yield Finding("mlflow", False, f"{path}: {error}", embedded.MOVE_AWAY)
         return
-    known, newest = _layouts()
-    at = version[0] if version else None
+    unknown = {version for (version,) in versions} - known if (known := _layouts()) else set()
     if halves := sorted(name for name in tables if name.startswith("_alembic_tmp_")):
-        yield Finding("mlflow", False, f"{path}: a migration was cut short and left {', '.join(halves)}", afresh)
-    elif at is not None and known and at not in known:
-        advice = f"install the MLflow that wrote it; or, {afresh}"
-        yield Finding("mlflow", False, f"{path}: layout {at}, which the MLflow here does not know", advice)
-    elif tables and at not in newest and known:
-        advice = f"`mlflow db upgrade {uri}` brings it up to date; or, {afresh}"
-        yield Finding("mlflow", False, f"{path}: layout {at or 'unknown'} is not the one of the MLflow here", advice)
+        text = f"{path}: an update of its tables was cut short and left {', '.join(halves)}"
+        empty = "it holds nothing yet: the next `sieve launch` or `sieve sync` makes it anew"
+        yield Finding("mlflow", False, text, embedded.MOVE_AWAY if embedded.complaint(settings) else empty)
+    elif unknown:
+        text = f"{path}: layout {', '.join(sorted(unknown))}, which MLflow {metadata.version('mlflow')} does not know"
+        yield Finding("mlflow", False, text, f"install the MLflow that wrote it; or {embedded.MOVE_AWAY}")
     else:
-        yield Finding("mlflow", True, text)
+        yield Finding("mlflow", True, f"{path} (embedded; `sieve ui` shows it)")
 
 
-def _layouts() -> tuple[set[str], set[str]]:
-    """The layouts that the installed MLflow knows, and the newest: read from its migrations, which is soon done."""
-    revisions: set[str] = set()
-    older: set[str] = set()
-    for file in metadata.files("mlflow") or ():
-        if file.match("mlflow/store/db_migrations/versions/*.py"):
-            text = file.read_text()
-            revisions |= set(re.findall(r"^revision\b.*?= *[\"'](\w+)", text, re.MULTILINE))
-            older |= set(re.findall(r"^down_revision\b.*?= *[\"'](\w+)", text, re.MULTILINE))
-    return revisions, revisions - older
+def _layouts() -> set[str]:
+    """The layouts that the installed MLflow knows: read from its migrations, for it takes seconds to be imported."""
+    migrations = (file for file in metadata.files("mlflow") or () if file.match("db_migrations/versions/*.py"))
+    return {
+        found for file in migrations for found in re.findall(r"^revision\b.*?= *[\"'](\w+)", file.read_text(), re.M)
+    }
 
 
 def _data(settings: Settings) -> Iterator[Finding]:

@@ -41,6 +41,7 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
     settings.make_home()
     settings.trial_artifacts.mkdir(exist_ok=True)
     open_storage(settings.storage)  # the dashboard refuses a database without tables
+    embedded.prepare(settings)  # here, and not by a server that may be ended within it
     environment = os.environ | {
         "PYTHONSAFEPATH": "1",  # no module of the current folder is imported ...
         "UVICORN_APP_DIR": str(ROOT),  # ... which uvicorn, below MLflow, would put first
