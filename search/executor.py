@@ -369,6 +369,8 @@ def own_copy(dataset: str, digest: str) -> Dataset:
     from search.study import DatasetSpec
 
     settings, spec = Settings.from_environment(), DatasetSpec.model_validate_json(dataset)
+    with suppress(OSError):  # it may do without
+        settings.make_home()
     if spec.path and settings.data_dir and not Path(spec.path).exists():
         spec = spec.model_copy(update={"path": str(settings.data_dir / Path(spec.path).name)})
     try:

@@ -501,14 +501,13 @@ class StudyRecord:
     @_durable
     def attr(self, key: str) -> Any:
         """One attribute of the study, None if it has none of that name."""
-        with self.storage.engine.connect() as connection:
+        with self._reading(), self.storage.engine.connect() as connection:
             return _stored(connection, self.study_id, key)
 
     @property
     def spec(self) -> StudySpec:
         """Raises StudyUnreadable if there is none, or none that this version understands."""
-        with self._reading():
-            stored = self.attr("spec")
+        stored = self.attr("spec")
         if stored is None:
             raise StudyUnreadable(self.name, NOT_OURS)
         try:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from search import COMMAND, ROOT
+from search import COMMAND, ROOT, embedded
 from search.errors import SettingsError, SieveError
 from search.outbox import Outbox
 from search.process import on_end
