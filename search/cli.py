@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from search import process
 from search.errors import DiskError, SieveError, StudyFileError
 from search.settings import Settings, redact
 
@@ -41,6 +42,14 @@ app = typer.Typer(
 data_app = typer.Typer(help="The datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+
+@app.callback()
+def _begin() -> None:
+    process.forgive_streams()
+    process.spare_loopback()
+    process.keep_private()
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 File = Annotated[Path, typer.Argument(help="A study file (YAML).", show_default=False)]
@@ -54,7 +63,10 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.  [de
 def _errors() -> Iterator[None]:
     """Our errors and those of files as text on stderr and an exit code; any other is a bug, and keeps its traceback."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where it is known what to do if nobody reads it
     except SieveError as error:
         _say(str(error))
         raise typer.Exit(error.exit_code) from None
@@ -62,6 +74,9 @@ def _errors() -> Iterator[None]:
         _say(str(DiskError(str(Settings.from_environment().outbox), str(error))))
         raise typer.Exit(1) from None
     except OSError as error:
+        if error.filename is None and error.errno in process.GONE:  # of our output
+            process.leave_streams()
+            raise typer.Exit(1) from None
         if error.filename is None and error.errno not in FULL:
             raise
         where = error.filename if isinstance(error.filename, str) else str(Settings.from_environment().home)
@@ -73,7 +88,17 @@ def _errors() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(process.printable(text), err=True)
+
+
+def _tell(text: str) -> None:
+    typer.echo(process.printable(text))
+
+
+def _tell_if_possible(text: str) -> None:
+    """For what goes on whether it is heard or not: a log on a full disk ends no service."""
+    with suppress(OSError):
+        _tell(text)
 
 
 def _show_json(value: Any) -> None:
@@ -98,7 +123,7 @@ def validate(
             samplers.check_packages(spec.search.method, str(file))
             rows[-1]["study"] = spec.name
             if not as_json:
-                typer.echo(f"{file}: study '{spec.name}' is fine")
+                _tell(f"{file}: study '{spec.name}' is fine")
         except StudyFileError as error:
             rows[-1]["mistakes"] = error.mistakes
             for mistake in error.mistakes:
@@ -131,7 +156,7 @@ def launch(
             from search import serve
 
             said = serve.enqueue(spec, settings)
-            _show_json({"study": spec.name, "state": "queued"}) if as_json else typer.echo(said)
+            _show_json({"study": spec.name, "state": "queued"}) if as_json else _tell(said)
             return
         _run(
             as_json,
@@ -155,14 +180,14 @@ def retry(study: Study, workers: Workers = None, as_json: Json = False) -> None:
 
 
 def _run(as_json: bool, start: Callable[..., "Outcome"]) -> None:
-    """Show a running study; the first Ctrl-C or SIGTERM ends its slices, the second ends it at once."""
+    """Show a running study; the first Ctrl-C, SIGTERM or SIGHUP ends its slices, the second ends it at once."""
     from search import report
     from search.outcome import summary
     from search.show import Display
 
     runners: list[Runner] = []  # none until it has begun
 
-    def on_signal(number: int, _: Any) -> None:
+    def on_signal(_: int, __: Any) -> None:
         if not runners:
             raise KeyboardInterrupt
         if runners[0].stopping:
@@ -175,9 +200,9 @@ def _run(as_json: bool, start: Callable[..., "Outcome"]) -> None:
         text = "stopping: the running slices are saved first; once more to leave at once"
         threading.Thread(target=display.note, args=(text,)).start()
 
+    process.outlast_readers()
     with Display(quiet=as_json) as display:
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
+        process.on_end(on_signal)
         outcome = start(
             show=display.update,
             started=runners.append,
@@ -231,7 +256,7 @@ def _request(study: str, what: str) -> None:
     with _errors():
         from search import run
 
-        typer.echo(run.request(study, what, Settings.from_environment()))
+        _tell(run.request(study, what, Settings.from_environment()))
 
 
 @app.command()
@@ -255,7 +280,9 @@ def export(
     with _errors():
         from search.outcome import export
 
-        typer.echo(export(study, weights, Settings.from_environment()))
+        with process.for_the_user():
+            said = export(study, weights, Settings.from_environment())
+        _tell(said)
 
 
 @app.command("report")
@@ -273,8 +300,10 @@ def report_(
 
         settings = Settings.from_environment()
         folder = out or settings.home / "reports" / study
-        for path in report.write(open_study(study, settings), settings, folder):
-            typer.echo(f"wrote {path}")
+        with process.for_the_user() if out else nullcontext():
+            written = report.write(open_study(study, settings), settings, folder)
+        for path in written:
+            _tell(f"wrote {path}")
 
 
 @app.command()
@@ -297,8 +326,9 @@ def reproduce(
                 _say(f"study '{spec.name}' is done")
             else:
                 _run(False, partial(run.launch, spec, settings, workers=workers, publish=publish))
-        page, *pictures = reports.write(reports.studies(folder), settings, out)
-        typer.echo(f"wrote {page} and {len(pictures)} pictures")
+        with process.for_the_user():
+            page, *pictures = reports.write(reports.studies(folder), settings, out)
+        _tell(f"wrote {page} and {len(pictures)} pictures")
 
 
 # ---- watching
@@ -313,7 +343,8 @@ def ui(
     with _errors():
         from search import ui as pages
 
-        pages.serve(Settings.from_environment(), mlflow_port, dashboard_port, typer.echo)
+        process.outlast_readers()
+        pages.serve(Settings.from_environment(), mlflow_port, dashboard_port, _tell_if_possible)
 
 
 @app.command()
@@ -339,7 +370,8 @@ def serve(workers: Workers = None) -> None:
     with _errors():
         from search import serve as service
 
-        service.serve(Settings.from_environment(), typer.echo, workers)
+        process.outlast_readers()
+        service.serve(Settings.from_environment(), _tell_if_possible, workers)
 
 
 @app.command()
@@ -351,7 +383,7 @@ def migrate() -> None:
         settings = Settings.from_environment()
         logging.disable(logging.INFO)  # Alembic's own reports
         storage.migrate(settings.storage)
-        typer.echo(f"the tables of {redact(settings.storage)} are up to date")
+        _tell(f"the tables of {redact(settings.storage)} are up to date")
 
 
 @app.command()
@@ -364,7 +396,7 @@ def doctor(as_json: Json = False) -> None:
         if as_json:
             _show_json([asdict(finding) for finding in findings])
         else:
-            typer.echo("\n".join(map(str, findings)))
+            _tell("\n".join(map(str, findings)))
         raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
@@ -380,6 +412,9 @@ def sync(
         from search import tracking
 
         settings = Settings.from_environment()
+        process.outlast_readers()
+        if follow is None:
+            process.on_end(signal.default_int_handler)
         # Every study that has, or had, that name: one that was deleted may have something unsent too.
         studies = [None] if study is None else tracking.ids(settings, study)
         for known in studies if redo else []:
@@ -391,7 +426,7 @@ def sync(
 
             left = sum(tracking.publish(settings, study=s, warn=_say, show=countdown(_say)) for s in studies)
             said = "everything is sent" if not left else f"{left} records could not be sent; try again later"
-            _show_json({"unsent": left}) if as_json else typer.echo(said)
+            _show_json({"unsent": left}) if as_json else _tell(said)
             raise typer.Exit(1 if left else 0)
 
 
@@ -432,7 +467,9 @@ def data_fetch(name: Annotated[str, typer.Argument(help="cifar10")]) -> None:
     with _errors():
         from search import datasets
 
-        typer.echo(f"{name} is in {datasets.fetch(name, Settings.from_environment())}")
+        settings = Settings.from_environment()
+        with process.for_the_user() if settings.data_dir else nullcontext():
+            _tell(f"{name} is in {datasets.fetch(name, settings)}")
 
 
 @data_app.command("check")

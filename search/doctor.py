@@ -1,19 +1,19 @@
 """`sieve doctor`: is everything there that a study needs, one line each, and what to do where it is not."""
 
-import json
 import os
+import re
+import shlex
 import sqlite3
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from threadpoolctl import threadpool_info
 
-from search import datasets
+from search import datasets, embedded, tracking
 from search.errors import DiskError, SieveError, StorageLost
 from search.executor import cores, open_executor
 from search.outbox import Outbox
@@ -22,6 +22,11 @@ from search.storage import is_empty, open_storage, study_names
 
 PACKAGES = ("sieve", "numpy", "optuna", "optuna-dashboard", "mlflow", "sqlalchemy", "psycopg", "distributed")
 FREE_BYTES = 1e9
+ADVICE = {
+    401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what it knows",
+    403: "name this host in the server's --allowed-hosts, or give this user the right",
+    407: "a proxy stands before it: correct https_proxy, or name the host in no_proxy",
+}
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,22 @@ def _home(settings: Settings) -> Iterator[Finding]:
     advice = "" if writable else "set SIEVE_HOME to a folder that this user may write to"
     if writable and free < FREE_BYTES:
         advice = "make room: checkpoints and the outbox need it"
+    if not advice and (readable := _readable_by_others(settings)):
+        advice = f"`chmod -R go= {shlex.quote(str(settings.home))}` keeps them from it"
+        yield Finding("home", False, f"other users of this machine can read {readable}", advice)
+        return
     text = f"{settings.home}" + ("" if place == settings.home else " (not there yet)")
     yield Finding("home", not advice, f"{text}, {free / 1e9:.1f} GB free", advice)
+
+
+def _readable_by_others(settings: Settings) -> Path | None:
+    """One of our files or folders, made by an older version, that others can get at."""
+    if not settings.home.exists() or not settings.home.stat().st_mode & 0o011:
+        return None
+    folders = (settings.outbox.parent, settings.checkpoints, settings.artifacts, settings.data_cache)
+    files = (settings.home / "sieve.db", settings.home / "mlflow.db")
+    ours = [(path, 0o044) for path in files] + [(path, 0o011) for path in folders]
+    return next((path for path, mode in ours if path.exists() and path.stat().st_mode & mode), None)
 
 
 def _free(place: Path) -> float:
@@ -93,23 +112,54 @@ def _storage(settings: Settings) -> Iterator[Finding]:
 def _mlflow(settings: Settings) -> Iterator[Finding]:
     uri = settings.tracking_uri
     if not uri.startswith(("http://", "https://")):
-        yield Finding("mlflow", True, f"{redact(uri)} (embedded; `sieve ui` shows it)")
+        yield from _embedded(settings)
         return
-    request = urllib.request.Request(
-        f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search",
-        data=json.dumps({"max_results": 1}).encode(),  # /health says OK even while the server's database is away
-        headers={"Content-Type": "application/json"},
-    )
+    shown = redact(uri)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            yield Finding("mlflow", answer.status == 200, f"{redact(uri)} answers")
-    except urllib.error.HTTPError as error:
-        advice = "name this host in the server's --allowed-hosts" if error.code == 403 else "look into the server's log"
-        yield Finding("mlflow", False, f"{redact(uri)} answers {error.code} {error.reason}", advice)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
+        status, reason = tracking.ask(uri)
+    except OSError as error:
         advice = "start it, or correct MLFLOW_TRACKING_URI; studies run without it, and `sieve sync` sends the rest"
-        yield Finding("mlflow", False, f"{redact(uri)} does not answer: {reason}", advice)
+        yield Finding("mlflow", False, f"{shown} does not answer: {redact(str(error))}", advice)
+        return
+    if status == 200:
+        yield Finding("mlflow", True, f"{shown} answers")
+    else:
+        advice = ADVICE.get(status, "look into the server's log")
+        yield Finding("mlflow", False, f"{shown} answers {status} {reason}".rstrip(), advice)
+
+
+def _embedded(settings: Settings) -> Iterator[Finding]:
+    """An MLflow database of our own: whole, and of a layout that the MLflow here knows, or can bring up to date."""
+    path = embedded.database(settings)
+    if path is None or not path.exists():
+        yield Finding("mlflow", True, f"{redact(settings.tracking_uri)} (embedded; `sieve ui` shows it)")
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10)) as db:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            versioned = "alembic_version" in tables
+            versions = db.execute("SELECT version_num FROM alembic_version").fetchall() if versioned else []
+    except sqlite3.Error as error:
+        yield Finding("mlflow", False, f"{path}: {error}", embedded.MOVE_AWAY)
+        return
+    unknown = {version for (version,) in versions} - known if (known := _layouts()) else set()
+    if halves := sorted(name for name in tables if name.startswith("_alembic_tmp_")):
+        text = f"{path}: an update of its tables was cut short and left {', '.join(halves)}"
+        empty = "it holds nothing yet: the next `sieve launch` or `sieve sync` makes it anew"
+        yield Finding("mlflow", False, text, embedded.MOVE_AWAY if embedded.complaint(settings) else empty)
+    elif unknown:
+        text = f"{path}: layout {', '.join(sorted(unknown))}, which MLflow {metadata.version('mlflow')} does not know"
+        yield Finding("mlflow", False, text, f"install the MLflow that wrote it; or {embedded.MOVE_AWAY}")
+    else:
+        yield Finding("mlflow", True, f"{path} (embedded; `sieve ui` shows it)")
+
+
+def _layouts() -> set[str]:
+    """The layouts that the installed MLflow knows: read from its migrations, for it takes seconds to be imported."""
+    migrations = (file for file in metadata.files("mlflow") or () if file.match("db_migrations/versions/*.py"))
+    return {
+        found for file in migrations for found in re.findall(r"^revision\b.*?= *[\"'](\w+)", file.read_text(), re.M)
+    }
 
 
 def _data(settings: Settings) -> Iterator[Finding]:
@@ -122,9 +172,14 @@ def _outbox(settings: Settings) -> Iterator[Finding]:
         yield Finding("outbox", True, f"{settings.outbox} (not there yet)")
         return
     with Outbox(settings.outbox) as box:
-        unsent = box.unsent()
+        unsent, refused = box.unsent(), box.refusals()
     advice = "`sieve sync` sends them" if unsent else ""
     yield Finding("outbox", not unsent, f"{unsent} records not sent to MLflow", advice)
+    if refused:
+        uid, kind, reason = refused[-1]
+        words = " ".join(str(reason).split())[:200]
+        text = f"{len(refused)} records refused by MLflow, the last one ({kind} of {uid}): {words}"
+        yield Finding("outbox", False, text, "`sieve sync` tries again")
 
 
 def _executor(settings: Settings) -> Iterator[Finding]:

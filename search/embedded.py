@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import filelock
 
 from search.errors import SieveError
-from search.settings import Settings
+from search.settings import Settings, sqlite_url
 
 MOVE_AWAY = "move it away, and `sieve sync --redo` makes everything of this home's studies again"
 HOLDS_ADDRESSES = (("runs", "artifact_uri"), ("logged_models", "artifact_location"), ("trace_tags", "value"))
@@ -101,7 +101,7 @@ def _replace(path: Path, begin: Callable[[Path], None]) -> None:
     for left in path.parent.glob(f"{part.name}*"):
         left.unlink()
     begin(part)
-    engine = create_sqlalchemy_engine_with_retry(f"sqlite:///{str(part).replace('%', '%25')}")
+    engine = create_sqlalchemy_engine_with_retry(sqlite_url(part))
     _initialize_tables(engine)
     engine.dispose()
     with part.open("rb+") as made:

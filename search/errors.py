@@ -4,6 +4,7 @@ SieveError                     exit 1
 ├── StudyFileError             exit 2    mistakes in a study file or in --set, one line each
 ├── StudyConflict              exit 2    a study of that name exists with another specification
 ├── UnknownStudy               exit 2    no study of that name; lists the near names
+├── StudyUnreadable            exit 2    a study of another tool or of a newer version, or a damaged one
 ├── StudyBusy                  exit 2    another runner owns the study
 ├── DataError                  exit 2    a dataset that is missing, damaged or not what it says it is
 ├── SettingsError              exit 2    an environment variable that cannot be meant
@@ -76,6 +77,19 @@ class UnknownStudy(SieveError):
         if near:
             return f"no study is called {self.name!r}; did you mean {' or '.join(near)}?"
         return f"no study is called {self.name!r}; `sieve status` lists those that exist"
+
+
+class StudyUnreadable(SieveError):
+    """The stored study `name` cannot be understood; `problem` says why, in words that fit a table's cell."""
+
+    exit_code = 2
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name, self.problem = name, problem
+
+    def __str__(self) -> str:
+        return f"study '{self.name}' cannot be read: {self.problem}; other studies are not affected"
 
 
 class StudyBusy(SieveError):

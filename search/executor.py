@@ -26,6 +26,7 @@ from core.data import Dataset
 from core.train import Progress, State, advance
 from search.errors import IN_WORKER, DataError, InWords, SettingsError, WorkersLost, in_one_line
 from search.failpoint import failpoint
+from search.process import ENDING
 
 if TYPE_CHECKING:
     import distributed
@@ -191,10 +192,10 @@ class LocalExecutor(Executor):
         return future
 
     def _serve(self) -> None:
-        # Inherited by the workers from their first moment on: the runner alone decides what Ctrl-C and SIGTERM mean.
+        # Inherited by the workers from their first moment on: the runner alone decides what Ctrl-C and its like mean.
         with _safe_path():
             resource_tracker.ensure_running()  # which would let them through again
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         worker: Worker | None = None
         while (task := self._tasks.get()) is not None:
             future, fn, args, kwargs = task
@@ -368,6 +369,8 @@ def own_copy(dataset: str, digest: str) -> Dataset:
     from search.study import DatasetSpec
 
     settings, spec = Settings.from_environment(), DatasetSpec.model_validate_json(dataset)
+    with suppress(OSError):  # it may do without
+        settings.make_home()
     if spec.path and settings.data_dir and not Path(spec.path).exists():
         spec = spec.model_copy(update={"path": str(settings.data_dir / Path(spec.path).name)})
     try:

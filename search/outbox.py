@@ -85,7 +85,7 @@ class Outbox:
     """A queue in one SQLite file, shared by the runner (puts) and the publisher (ships, marks)."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
         self._use_wal()
         self._db.execute("PRAGMA synchronous = FULL")

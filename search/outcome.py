@@ -19,13 +19,24 @@ from threadpoolctl import threadpool_info
 from core.data import write_whole
 from search import __version__, outbox, plan, prune
 from search.datasets import open_dataset
-from search.errors import DataError, SieveError, StudyFailed, UnknownStudy, brief
-from search.outbox import Outbox
+from search.errors import (
+    DataError,
+    DiskError,
+    SieveError,
+    StorageLost,
+    StudyFailed,
+    StudyUnreadable,
+    UnknownStudy,
+    brief,
+)
+from search.outbox import Counts, Outbox
 from search.plan import WORST, Finished, Params, Slot
 from search.settings import Settings
 from search.storage import (
     LEFT,
+    NOT_OURS,
     Attempt,
+    Storage,
     StudyRecord,
     failed_attempts,
     finished_attempts,
@@ -37,6 +48,21 @@ from search.storage import (
 from search.study import Choice, Range, StudySpec
 from search.tracking import links, run_link
 
+COLUMNS = (
+    "stage",
+    "complete",
+    "pruned",
+    "diverged",
+    "running",
+    "failed",
+    "waiting",
+    "planned",
+    "best",
+    "unsent",
+    "refused",
+    "problem",
+)
+INTERRUPTED = "interrupted"  # state of a study that runs, by what is stored, and has no runner
 NOTED = 5  # repeated configurations in the study's note
 DIVERGED = ("diverged", "there is no finite value")  # so begins the reason of a trial that did, the second once
 MOST_REASONS = 3
@@ -91,6 +117,7 @@ class Outcome:
     pruned: int = 0
     diverged: int = 0
     reasons: Sequence[str] = ()  # of those that failed, in one line each
+    refused: int = 0  # tracking records that MLflow would not take
 
 
 def study_note(
@@ -227,53 +254,84 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "diverged": outcome.diverged,
         "failed": outcome.failed,
         "unsent": outcome.unsent,
+        "refused": outcome.refused,
     }
 
 
 def open_study(study: str, settings: Settings) -> StudyRecord:
-    """The record of a study that exists. Raises UnknownStudy, and makes nothing."""
+    """The record of a study of ours. Raises UnknownStudy, StudyUnreadable; makes nothing."""
     if is_empty(settings.storage):
         raise UnknownStudy(study)
-    return StudyRecord(open_storage(settings.storage), study)
+    record = StudyRecord(open_storage(settings.storage), study)
+    if "spec" not in record.attrs:
+        raise StudyUnreadable(study, NOT_OURS)
+    return record
 
 
 def standing(settings: Settings, study: str | None = None) -> list[dict[str, Any]]:
-    """How each study (or this one) stands, as rows of plain values. Raises UnknownStudy."""
-    if study is not None:
-        names = [open_study(study, settings).name]
-    else:
-        names = [] if is_empty(settings.storage) else study_names(open_storage(settings.storage))
-    if not names:
+    """How each study (or this one) stands, as rows of plain values. Raises UnknownStudy.
+
+    One that cannot be read is a row that says so.
+    """
+    if is_empty(settings.storage):
+        if study is not None:
+            raise UnknownStudy(study)
         return []
     storage = open_storage(settings.storage)
+    if study is not None:
+        StudyRecord(storage, study)
+    names = study_names(storage) if study is None else [study]
+    if not names:
+        return []
     with Outbox(settings.outbox) as box:
-        return [_standing(StudyRecord(storage, name), box, settings) for name in names]
+        counts = box.counts()
+        rows = [_standing(storage, name, counts) for name in names]
+    return [row for row in rows if row is not None]
 
 
-def _standing(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, Any]:
-    attrs, attempts = record.attrs, record.attempts()
-    row: dict[str, Any] = dict.fromkeys(("stage", "best", "waiting"))
+def _standing(storage: Storage, name: str, counts: Mapping[str, Counts]) -> dict[str, Any] | None:
+    """A study's row; None if it was deleted meanwhile."""
+    blank: dict[str, Any] = {"study": name, "state": "-", **dict.fromkeys(COLUMNS)}
+    try:
+        record = StudyRecord(storage, name)
+        return blank | _row(record, counts.get(record.id, Counts()))
+    except (StorageLost, DiskError):
+        raise
+    except StudyUnreadable as error:
+        return blank | {"state": NOT_OURS if error.problem == NOT_OURS else f"unreadable: {error.problem}"}
+    except Exception as error:  # whatever is wrong with one study, the others are shown
+        if name not in study_names(storage):
+            return None
+        return blank | {"state": f"unreadable: {type(error).__name__}: {error}"}
+
+
+def _row(record: StudyRecord, counts: Counts) -> dict[str, Any]:
+    attrs, spec, attempts = record.attrs, record.spec, record.attempts()
+    state, problem = attrs.get("state", "-"), attrs.get("problem")
+    if is_owned(record):
+        state = "running"
+    elif state == "running":
+        state, problem = INTERRUPTED, "its runner is gone; `sieve launch` with its file, or `sieve serve`, goes on"
     settled, failed = finished_attempts(attempts), failed_attempts(attempts)
     fates = Counter(map(fate, settled.values()))
-    row |= {
-        "study": record.name,
-        "state": "running" if is_owned(record) else attrs.get("state", "-"),
+    best = next(iter(best_first(spec, settled.values())), None)
+    planned = sum(stage.trials for stage in plan.stages(spec))
+    running = sum(a.state == TrialState.RUNNING for a in attempts)
+    return {
+        "state": state,
+        "stage": max(attempts, key=lambda a: a.slot).attrs["stage"] if attempts else None,
         "complete": fates["complete"],
         "pruned": fates["pruned"],
         "diverged": fates["diverged"],
-        "running": sum(a.state == TrialState.RUNNING for a in attempts),
+        "running": running,
         "failed": len(failed),
-        "unsent": box.unsent(record.id),
+        "waiting": max(0, planned - len(settled) - len(failed) - running),
+        "planned": planned,
+        "best": best and round(best.value or 0.0, 6),
+        "unsent": counts.unsent,
+        "refused": counts.refused,
+        "problem": problem if state in (INTERRUPTED, "failed") else None,
     }
-    if "spec" in attrs:
-        spec = record.spec
-        best = next(iter(best_first(spec, settled.values())), None)
-        planned = sum(stage.trials for stage in plan.stages(spec))
-        row["best"] = best and round(best.value or 0.0, 6)
-        row["stage"] = max(attempts, key=lambda a: a.slot).attrs["stage"] if attempts else None
-        row["waiting"] = max(0, planned - len(settled) - len(failed) - row["running"])
-        row["planned"] = planned
-    return row
 
 
 def export(study: str, path: Path, settings: Settings) -> str:

@@ -31,13 +31,13 @@ from search.errors import (
     in_one_line,
 )
 from search.executor import open_executor
-from search.outbox import Outbox, Record
+from search.outbox import Counts, Outbox, Record
 from search.outcome import Outcome, best_first, conclude, open_study, study_note, summary
 from search.plan import Params, Proposal
 from search.recover import recover
 from search.runner import REQUEST_SECONDS, STOP_SECONDS, Runner, Status, Trial, groups, is_asked, prepare
 from search.samplers import asker, check_packages
-from search.settings import Settings, redact
+from search.settings import Settings, redact, sqlite_path
 from search.storage import (
     PATIENCE,
     StudyRecord,
@@ -84,7 +84,7 @@ def launch(
     the space another study; Interrupted if it was stopped; StudyFailed without any result.
     """
     check_packages(spec.search.method, f"study '{spec.name}'")
-    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.make_home()
     spec = resolved(spec, settings)
     datasets = open_datasets(spec, settings, warn)
     digests = {stage: data.digest for stage, data in datasets.items()}
@@ -122,7 +122,8 @@ def launch(
             concluded(replace(outcome, unsent=box.unsent(record.id)))
         runner.write_notes()
         record.note(study_note(spec, outcome.stages, box.links(record.id).get(record.id), settings, outcome))
-        return replace(outcome, unsent=box.unsent(record.id))
+        sent = box.counts().get(record.id, Counts())
+        return replace(outcome, unsent=sent.unsent, refused=sent.refused)
 
 
 def open_datasets(spec: StudySpec, settings: Settings, warn: Callable[[str], None]) -> dict[str, Dataset]:
@@ -159,7 +160,7 @@ def identify(record: StudyRecord, box: Outbox, settings: Settings) -> None:
 
     A study that lies in the home itself and was copied with it is another one from now on: both may be trained.
     """
-    inside = settings.storage.startswith("sqlite:///") and Path(settings.storage[10:]).is_relative_to(settings.home)
+    inside = settings.storage.startswith("sqlite:///") and sqlite_path(settings.storage).is_relative_to(settings.home)
     if inside and box.was(record.attr("home") or ""):
         embedded = not settings.tracking_uri.startswith("http")
         record.set_attr("home", box.home)

@@ -4,8 +4,9 @@ Any number of services may share a storage: a study's owner is alone, and what a
 next. Waiting for whatever else is down is all that a service does about it.
 """
 
+import errno
 import os
-import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -15,18 +16,33 @@ from contextlib import suppress
 from typing import Any
 
 from search import COMMAND, run
-from search.errors import Interrupted, SettingsError, SieveError, StorageLost, StudyBusy, WorkersLost
+from search.errors import (
+    DiskError,
+    Interrupted,
+    SettingsError,
+    SieveError,
+    StorageLost,
+    StudyBusy,
+    StudyGone,
+    StudyTaken,
+    StudyUnreadable,
+    UnknownStudy,
+    WorkersLost,
+)
 from search.outbox import Outbox
-from search.outcome import open_study, standing
+from search.outcome import INTERRUPTED, open_study, standing
+from search.process import on_end
 from search.runner import Runner, Status
 from search.settings import Settings
 from search.show import progress_line
-from search.storage import Storage, open_storage, owned, registered
+from search.storage import Storage, open_storage, owned, registered, stored_states, study_names
 from search.study import StudySpec
 
 POLL_SECONDS = 2.0
 SYNC_SECONDS = 30.0  # between attempts to send what earlier studies left unsent
 SAY_SECONDS = 30.0  # between lines about a running study
+TAKEN_SECONDS = 10.0  # in which a service that has nothing to do takes up what a dead runner left
+FULL = (errno.ENOSPC, errno.EDQUOT)
 COUNTS = ("complete", "running", "pruned", "diverged", "failed", "waiting")  # of trials, as far as there are any
 WAITING = ("queued", "running")  # one that runs and has no owner lost its runner
 
@@ -50,6 +66,7 @@ class Service:
         self.runner: Runner | None = None
         self.storage: Storage | None = None
         self.trouble = ""  # said last
+        self.left_alone: set[str] = set()  # studies that this version does not understand
         self.sync: subprocess.Popen[bytes] | None = None
         self.synced = self.said = -SAY_SECONDS
 
@@ -66,7 +83,7 @@ class Service:
                 self.storage = self.storage or open_storage(self.settings.storage)
                 ran = any(self._run(name) for name in waiting(self.storage))
                 self.trouble = ""
-            except (StorageLost, SettingsError, WorkersLost) as error:  # of this machine or another, not of the study
+            except (StorageLost, SettingsError, WorkersLost, DiskError) as error:  # of a machine, not of the study
                 ran = False
                 self._say_once(f"{error}; trying again")
             if not ran:
@@ -85,6 +102,11 @@ class Service:
             self.say(f"study '{study}' is done: {outcome.metric} {outcome.chosen.mean:.4g}")
         except StudyBusy:
             return False
+        except StudyUnreadable as error:  # another version may understand it
+            if study not in self.left_alone:
+                self.say(f"{error}; it is left alone")
+            self.left_alone.add(study)
+            return False
         except Interrupted as error:
             self.say(f"study '{study}' is left to the next service" if self.stopping.is_set() else str(error))
         except (StorageLost, SettingsError):
@@ -93,6 +115,12 @@ class Service:
             self._mark(study, state="queued")
             raise
         except Exception as error:
+            if trouble := _of_the_disk(error, self.settings):
+                self._mark(study, state="queued")
+                raise trouble from None
+            if self.storage and study not in study_names(self.storage):
+                self.say(f"study '{study}' was deleted while it ran; nothing more is done about it")
+                return True
             text = str(error) if isinstance(error, SieveError) else traceback.format_exc()
             self.say(f"study '{study}' failed: {text}")
             self._mark(study, problem=text[-2000:], state="failed")
@@ -101,8 +129,10 @@ class Service:
         return True
 
     def _mark(self, study: str, **attrs: str) -> None:
+        """Write down what became of a study, unless another one tries it now, or it was deleted."""
         assert self.storage is not None
-        with suppress(StudyBusy), owned(open_study(study, self.settings)) as record:  # else another one tries it now
+        gone = (StudyBusy, StudyGone, StudyTaken, StudyUnreadable, UnknownStudy)
+        with suppress(*gone), owned(open_study(study, self.settings)) as record:
             for key, value in attrs.items():
                 record.set_attr(key, value)
 
@@ -133,34 +163,57 @@ class Service:
             self.sync = subprocess.Popen([*COMMAND, "sync"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
+def _of_the_disk(error: Exception, settings: Settings) -> DiskError | None:
+    """What this machine's disk is to blame for, and no study."""
+    if isinstance(error, sqlite3.OperationalError):
+        return DiskError(str(settings.outbox), str(error))
+    if isinstance(error, OSError) and error.errno in FULL:
+        return DiskError(str(error.filename or settings.home), error.strerror or str(error))
+    return error if isinstance(error, DiskError) else None
+
+
 def waiting(storage: Storage) -> list[str]:
     """The studies that want a runner, oldest first."""
-    studies = sorted(storage.get_all_studies(), key=lambda study: study._study_id)
-    return [s.study_name for s in studies if "spec" in s.user_attrs and s.user_attrs.get("state") in WAITING]
+    return [name for name, state in stored_states(storage).items() if state in WAITING]
 
 
 def follow(settings: Settings, study: str | None, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Say how studies get on, whenever that changes, until none waits or runs; then how they stand."""
+    """Say how studies get on, whenever that changes, until none waits or runs; then how they stand.
+
+    What a dead runner left is taken up by a service, if there is one, within TAKEN_SECONDS of having nothing else to
+    do. So an interrupted study is waited for as long as any study of the storage runs, and those seconds more.
+    """
     said: dict[str, str] = {}
+    idle_since: float | None = None
     while True:
         rows: list[dict[str, Any]] = []
         try:
-            rows = standing(settings, study)
+            rows = every = standing(settings, study)
+            if study is not None and rows[0]["state"] == INTERRUPTED:
+                every = standing(settings)
         except StorageLost as error:
-            rows = [{"study": "-", "state": "running", "problem": str(error)}]
+            rows = every = [{"study": "-", "state": "running", "problem": str(error)}]
         for row in rows:
             parts = (f"{row[key]} {key}" for key in COUNTS if row.get(key))
-            line = f"{row['study']}: {row.get('problem') or row['state']}, {', '.join(parts)}".rstrip(", ")
+            how = ": ".join(filter(None, (row["state"], (row.get("problem") or "").strip().rpartition("\n")[2])))
+            line = f"{row['study']}: {how}, {', '.join(parts)}".rstrip(", ")
             if said.get(row["study"]) != line:
                 say(line)
             said[row["study"]] = line
-        if not any(row["state"] in WAITING for row in rows):
+        states = {row["state"] for row in rows}
+        if not states & {*WAITING, INTERRUPTED}:
+            return rows
+        if states & {*WAITING} or any(row["state"] == "running" for row in every):
+            idle_since = None
+        elif idle_since is None:
+            idle_since = time.monotonic()
+        elif time.monotonic() - idle_since > TAKEN_SECONDS:
             return rows
         time.sleep(POLL_SECONDS)
 
 
 def serve(settings: Settings, say: Callable[[str], None], workers: int | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, which save what runs; the second one ends at once."""
+    """Serve until SIGTERM, SIGHUP or Ctrl-C, which save what runs; the second one ends at once."""
     service = Service(settings, say, workers)
 
     def on_signal(_: int, __: Any) -> None:
@@ -168,11 +221,12 @@ def serve(settings: Settings, say: Callable[[str], None], workers: int | None = 
             os._exit(130)
         service.stop()
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    settings.home.mkdir(parents=True, exist_ok=True)
+    on_end(on_signal)
+    settings.make_home()
     say("waiting for studies")
-    service.serve()
-    if service.sync and service.sync.poll() is None:
-        service.sync.terminate()
+    try:
+        service.serve()
+    finally:
+        if service.sync and service.sync.poll() is None:
+            service.sync.terminate()
     say("ended")

@@ -4,8 +4,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from search.errors import SettingsError
 
@@ -35,11 +36,11 @@ class Settings:
         home = _folder("SIEVE_HOME", given.get("SIEVE_HOME", "mlruns"))
         if set("?#") & set(str(home)):
             raise SettingsError(f"SIEVE_HOME: expected a folder without ? or # in its path, got {home}")
-        storage = _url(given, "SIEVE_STORAGE", f"sqlite:///{home.as_posix()}/sieve.db")
+        storage = _url(given, "SIEVE_STORAGE", sqlite_url(home / "sieve.db"))
         storage = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", storage)
         if not storage.startswith(("sqlite:///", "postgresql+")):
             raise SettingsError(f"SIEVE_STORAGE: expected sqlite:///... or postgresql://..., got {redact(storage)!r}")
-        tracking_uri = _url(given, "MLFLOW_TRACKING_URI", f"sqlite:///{home.as_posix()}/mlflow.db")
+        tracking_uri = _url(given, "MLFLOW_TRACKING_URI", sqlite_url(home / "mlflow.db"))
         data_dir = given.get("SIEVE_DATA_DIR")
         executor = given.get("SIEVE_EXECUTOR", "local")
         if executor != "local" and not re.fullmatch(r"dask://[^/\s]+:\d+", executor):
@@ -54,6 +55,10 @@ class Settings:
             mlflow_ui=given.get("SIEVE_MLFLOW_UI", _without_user(server)).rstrip("/"),
             dashboard_ui=given.get("SIEVE_DASHBOARD_UI", "http://127.0.0.1:8080").rstrip("/"),
         )
+
+    def make_home(self) -> None:
+        """Make the home if it is not there yet, for this user alone."""
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property
     def outbox(self) -> Path:
@@ -84,6 +89,23 @@ class Settings:
     def data_cache(self) -> Path:
         """Datasets, downloaded and converted to memory-mapped arrays."""
         return self.home / "data"
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of an SQLite file, which SQLAlchemy, MLflow and `sqlite_path` take for that file."""
+    text = path.as_posix()
+    return f"sqlite:///{text.replace('%', '%25') if '%' in text and _decodes() else text}"
+
+
+def sqlite_path(url: str) -> Path:
+    """The file that an SQLite URL names, as SQLAlchemy reads it."""
+    text = url.removeprefix("sqlite:///").partition("?")[0]
+    return Path(unquote(text) if "%" in text and _decodes() else text)
+
+
+def _decodes() -> bool:
+    """Whether SQLAlchemy decodes the path of a URL: it does from 2.1 on."""
+    return [int(part) for part in metadata.version("sqlalchemy").split(".")[:2]] >= [2, 1]
 
 
 def redact(url: str) -> str:

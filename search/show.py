@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.outbox import run_name, spread
+from search.process import printable
 
 if TYPE_CHECKING:
     from search.datasets import Row
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0  # between lines when nobody watches a terminal
 PLAIN_WIDTH = 200  # of tables then, so that no word is broken
 SHOWN = 8  # rows of a table
-COUNTS = ("running", "pruned", "diverged", "failed", "waiting", "unsent")  # shown of studies, as far as there are any
+COUNTS = ("running", "pruned", "diverged", "failed", "waiting", "unsent", "refused")  # as far as there are any
 
 
 class Display:
@@ -45,13 +46,13 @@ class Display:
     def update(self, status: "Status") -> None:
         text = progress_line(status)
         if self.live:
-            self.live.update(Text(text))
+            self.live.update(Text(printable(text)))
         elif status.stage != self.last_stage or time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.last_line, self.last_stage = time.monotonic(), status.stage
-            self.console.print(text, highlight=False, markup=False)
+            self.note(text)
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(printable(text), highlight=False, markup=False)
 
     def conclude(self, outcome: "Outcome") -> None:
         """The result, as soon as it is there."""
@@ -65,6 +66,10 @@ class Display:
         """What is left to say once the publisher has ended."""
         if outcome.unsent:
             self.note(f"warning: {outcome.unsent} tracking records are not sent yet; `sieve sync` sends them")
+        if outcome.refused:
+            self.note(
+                f"warning: MLflow refused {outcome.refused} tracking records; `sieve sync` says why, and tries again"
+            )
         self.note("`sieve ui` opens MLflow and the Optuna dashboard on all of it")
 
 
@@ -127,17 +132,17 @@ def show_outcome(outcome: "Outcome") -> None:
     columns = ["stage", "slot", "parameters", outcome.metric, "test_accuracy"]
     show_table(f"best single trials of {outcome.study}", columns, rows)
     console, chosen = Console(soft_wrap=True, highlight=False, markup=False), outcome.chosen
-    console.print(f"chosen: {run_name(chosen.params)}")
+    console.print(f"chosen: {printable(run_name(chosen.params))}")
     runs = "1 run" if chosen.n == 1 else f"mean and deviation of {chosen.n} runs"
     console.print(f"  {outcome.metric}: {spread(chosen.mean, chosen.deviation)} ({runs})")
     if outcome.test_accuracy:
         console.print(f"  test_accuracy: {spread(*outcome.test_accuracy)}")
     for words in outcome.border:
-        console.print(f"note: {words}")
+        console.print(f"note: {printable(words)}")
     if outcome.failed:
         console.print(f"note: {outcome.failed} slots failed; `sieve retry {outcome.study}` runs them again")
         for reason in outcome.reasons:
-            console.print(f"  {reason}")
+            console.print(f"  {printable(reason)}")
     early = {"diverged": outcome.diverged, "pruned": outcome.pruned}
     if any(early.values()):
         console.print(f"note: without a result: {', '.join(f'{n} {word}' for word, n in early.items() if n)}")
@@ -147,7 +152,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     rows = [[stage["name"], str(stage["trials"]), duration(stage["seconds"])] for stage in plan["stages"]]
     show_table(f"plan of {plan['study']}", ["stage", "trials", "about"], rows)
     for point in plan["first"]:
-        print(f"  {run_name(point)}")
+        print(printable(f"  {run_name(point)}"))
     print(f"about {duration(plan['seconds'])} of training on {plan['workers']} workers")
 
 
@@ -155,6 +160,9 @@ def show_standing(rows: Sequence[dict[str, Any]]) -> None:
     counts = [name for name in COUNTS if any(row[name] for row in rows)]
     columns = ["study", "state", "stage", "complete", *counts, "best"]
     show_table("studies", columns, [[_cell(row[c], ".4g") for c in columns] for row in rows])
+    for row in rows:
+        if row["problem"]:
+            print(printable(f"{row['study']}: {row['state']}; {row['problem'].splitlines()[-1]}"))
 
 
 def show_gradients(rows: Iterable[Any]) -> None:
@@ -169,11 +177,17 @@ def show_data(rows: Iterable["Row"]) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
+    table = Table(
+        title=Text(printable(title), style="table.title"),
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+    )
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 

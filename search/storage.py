@@ -36,7 +36,7 @@ from optuna.distributions import (
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
@@ -47,12 +47,14 @@ from search.errors import (
     StorageLost,
     StudyBusy,
     StudyConflict,
+    StudyFileError,
     StudyGone,
     StudyTaken,
+    StudyUnreadable,
     UnknownStudy,
 )
 from search.plan import Params, Proposal, Slot, extends
-from search.settings import redact
+from search.settings import redact, sqlite_path
 from search.study import Choice, Range, StudySpec, difference, restore
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -62,6 +64,7 @@ LOCK_SECONDS = 0.5  # somebody who only looks whether a study is owned holds its
 RETAKE_SECONDS = 30.0  # a lock may be held by our own dead connection until the server notices
 DECIDED = "points."  # begins the names of the study's attributes with the points of begun stages
 HOME = "sieve:home"  # system attribute of an attempt: not a part of what a trial is, which no home changes
+NOT_OURS = "not made by Sieve"
 LEFT = "left"  # user attribute of an attempt whose slot gets another one without being asked
 SCHEMA = "schema of the database"  # what its lock is named after; no study can have this name
 
@@ -133,7 +136,7 @@ def _open_sqlite(url: str) -> RDBStorage:
     def recognise(context: sqlalchemy.engine.ExceptionContext) -> None:
         """A full disk and the like, past Optuna, which would blame the values."""
         if isinstance(context.original_exception, sqlite3.OperationalError):
-            raise DiskError(url.removeprefix("sqlite:///"), str(context.original_exception)) from None
+            raise DiskError(str(sqlite_path(url)), str(context.original_exception)) from None
 
     storage.engine.dispose()  # connections from before the listener
     return storage
@@ -176,7 +179,7 @@ def _lost(url: str, error: BaseException) -> StorageLost | DiskError:
     cause = error.__cause__ or error
     lines = str(getattr(cause, "orig", cause)).strip().splitlines() or [type(error).__name__]
     if url.startswith("sqlite"):
-        return DiskError(url.removeprefix("sqlite:///"), lines[0])
+        return DiskError(str(sqlite_path(url)), lines[0])
     return StorageLost(f"the storage {redact(url)} does not answer: {redact(lines[0])}")
 
 
@@ -259,7 +262,7 @@ def _making_tables(storage: str) -> Iterator[None]:
 
 
 def _file_lock(storage: str, name: str) -> filelock.FileLock:
-    path = Path(storage.removeprefix("sqlite:///")).parent / "locks" / f"{name}.lock"
+    path = sqlite_path(storage).parent / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(path)
 
@@ -354,7 +357,7 @@ NUMBER = sqlalchemy.text("SELECT number FROM trials WHERE trial_id = :trial_id")
 
 def is_empty(url: str) -> bool:
     """Whether nothing was ever stored there, as far as that can be told without making it."""
-    return url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists()
+    return url.startswith("sqlite:///") and not sqlite_path(url).exists()
 
 
 def distribution(dimension: Range | Choice) -> BaseDistribution:
@@ -484,17 +487,34 @@ class StudyRecord:
 
     @_durable
     def _attrs(self) -> dict[str, Any]:
-        return self.storage.get_study_user_attrs(self.study_id)
+        with self._reading():
+            return self.storage.get_study_user_attrs(self.study_id)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What Optuna cannot take from its own tables is this study's trouble, and said as such."""
+        try:
+            yield
+        except ValueError as error:
+            raise StudyUnreadable(self.name, f"what is stored of it is damaged: {error}") from None
 
     @_durable
     def attr(self, key: str) -> Any:
         """One attribute of the study, None if it has none of that name."""
-        with self.storage.engine.connect() as connection:
+        with self._reading(), self.storage.engine.connect() as connection:
             return _stored(connection, self.study_id, key)
 
     @property
     def spec(self) -> StudySpec:
-        return restore(json.loads(self.attr("spec")))
+        """Raises StudyUnreadable if there is none, or none that this version understands."""
+        stored = self.attr("spec")
+        if stored is None:
+            raise StudyUnreadable(self.name, NOT_OURS)
+        try:
+            return restore(json.loads(stored))
+        except (StudyFileError, TypeError, ValueError) as error:
+            lines = str(error).splitlines()
+            raise StudyUnreadable(self.name, f"its stored specification: {lines[0] if lines else error!r}") from None
 
     @_durable
     def set_attr(self, key: str, value: Any) -> None:
@@ -502,22 +522,29 @@ class StudyRecord:
 
     @_durable
     def attempts(self) -> list[Attempt]:
-        """Every trial of the study, in the order of their numbers."""
-        return [
-            Attempt(
-                slot=Slot.parse(trial.user_attrs["slot"]),
+        """Every trial of ours, in the order of their numbers. Raises StudyUnreadable for one that cannot be meant."""
+        with self._reading():
+            trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
+        return [self._attempt(trial) for trial in trials if "slot" in trial.user_attrs]
+
+    def _attempt(self, trial: FrozenTrial) -> Attempt:
+        attrs = trial.user_attrs
+        try:
+            if not isinstance(attrs["stage"], str) or not isinstance(attrs["overrides"], dict):
+                raise TypeError("stage and overrides")
+            return Attempt(
+                slot=Slot.parse(attrs["slot"]),
                 number=trial.number,
                 trial_id=trial._trial_id,
-                attempt=trial.user_attrs["attempt"],
+                attempt=int(attrs["attempt"]),
                 params=trial.params,
                 state=trial.state,
                 value=trial.value,
-                attrs=trial.user_attrs,
+                attrs=attrs,
                 home=trial.system_attrs.get(HOME),
             )
-            for trial in self.storage.get_all_trials(self.study_id, deepcopy=False)
-            if "slot" in trial.user_attrs
-        ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StudyUnreadable(self.name, f"trial {trial.number} lacks what Sieve writes: {error}") from None
 
     @_durable
     def curves(self) -> dict[int, dict[int, float]]:
@@ -780,7 +807,20 @@ def _other_data(stored: StudySpec, given: StudySpec, stage: str, was: str, is_no
 
 
 def study_names(storage: RDBStorage) -> list[str]:
-    return [study.study_name for study in storage.get_all_studies()]
+    """Oldest first. Asked of the table itself: Optuna's call fails for all where one study is damaged."""
+    with storage.engine.connect() as connection:
+        return list(connection.execute(sqlalchemy.text("SELECT study_name FROM studies ORDER BY study_id")).scalars())
+
+
+def stored_states(storage: RDBStorage) -> dict[str, str | None]:
+    """The studies that have a specification, oldest first, each with its state as its last runner left it."""
+    query = sqlalchemy.text(
+        "SELECT study_name, state FROM studies JOIN study_user_attributes AS spec USING (study_id) "
+        "LEFT JOIN (SELECT study_id, value_json AS state FROM study_user_attributes WHERE key = 'state') AS states "
+        "USING (study_id) WHERE spec.key = 'spec' ORDER BY study_id"
+    )
+    with storage.engine.connect() as connection:
+        return {name: state and state.strip('"') for name, state in connection.execute(query)}
 
 
 def finished_attempts(attempts: Iterable[Attempt]) -> dict[Slot, Attempt]:

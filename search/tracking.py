@@ -148,6 +148,28 @@ def redo(settings: Settings, study: str | None = None) -> int:
         return box.requeue(study=study)
 
 
+def ask(uri: str) -> tuple[int, str]:
+    """The status and reason with which an MLflow server answers its own client: its credentials, its TLS, its proxies.
+
+    The question needs the server's database; /health says OK even while that is away. Raises OSError, saying why.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    question = {"endpoint": "/api/2.0/mlflow/experiments/search", "method": "POST", "json": {"max_results": 1}}
+    try:
+        answer = http_request(get_default_host_creds(uri), **question, max_retries=0, timeout=10, raise_on_status=False)
+    except MlflowException as error:
+        first: BaseException = error
+        while following := first.__cause__ or first.__context__:
+            first = following
+        raise OSError(_one_line(first)) from None
+    return int(answer.status_code), str(answer.reason)
+
+
 def links(settings: Settings, experiment_id: str) -> dict[str, str]:
     """The addresses of a study in MLflow: its charts and its table (the saved view), and its summary run."""
     page = f"{settings.mlflow_ui}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"

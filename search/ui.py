@@ -8,13 +8,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from search import COMMAND, ROOT
+from search import COMMAND, ROOT, embedded
 from search.errors import SettingsError, SieveError
 from search.outbox import Outbox
+from search.process import on_end
 from search.settings import Settings
 
 LOOK_SECONDS = 1.0  # between looks whether MLflow has another study
@@ -33,10 +35,13 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
     if not settings.tracking_uri.startswith("http"):
         pages = {"MLflow": (mlflow_command(settings, mlflow_port), f"http://127.0.0.1:{mlflow_port}")} | pages
         _check_free(mlflow_port, "--mlflow-port")
+        if mlflow_port == dashboard_port:
+            raise SettingsError(f"--mlflow-port and --dashboard-port: expected two ports, got {mlflow_port} for both")
     _check_free(dashboard_port, "--dashboard-port")
-    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.make_home()
     settings.trial_artifacts.mkdir(exist_ok=True)
     open_storage(settings.storage)  # the dashboard refuses a database without tables
+    embedded.prepare(settings)  # here, and not by a server that may be ended within it
     environment = os.environ | {
         "PYTHONSAFEPATH": "1",  # no module of the current folder is imported ...
         "UVICORN_APP_DIR": str(ROOT),  # ... which uvicorn, below MLflow, would put first
@@ -48,16 +53,14 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
     }
     with Outbox(settings.outbox) as box:
         unsent = box.unsent()
-    with (settings.home / "ui.log").open("wb") as log:
+    on_end(signal.default_int_handler)  # a shell may have left SIGINT ignored
+    with (settings.home / "ui.log").open("wb") as log, _ending_children() as entrust:
 
         def begin(command: Sequence[str]) -> subprocess.Popen[bytes]:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            return entrust(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
 
-        servers = {name: begin(command) for name, (command, _) in pages.items()}
-        begun = [*servers.values()]
-        for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have left SIGINT ignored
-            signal.signal(number, signal.default_int_handler)
         try:
+            servers = {name: begin(command) for name, (command, _) in pages.items()}
             for name, (_, address) in pages.items():
                 _await_answer(name, servers[name], address)
             for name, (_, address) in pages.items():
@@ -65,14 +68,60 @@ def serve(settings: Settings, mlflow_port: int, dashboard_port: int, say: Callab
             for line in elsewhere(settings, {name: address for name, (_, address) in pages.items()}):
                 say(line)
             if unsent:
-                begun.append(begin([*COMMAND, "sync"]))
+                begin([*COMMAND, "sync"])
             _say_links(replace(settings, mlflow_ui=pages.get("MLflow", ("", settings.mlflow_ui))[1]), servers, say)
             raise SieveError(f"one of the servers ended by itself; {settings.home / 'ui.log'} says why")
         except KeyboardInterrupt:
             say("ended")
-        finally:
-            for process in begun:
-                _end(process)
+
+
+# A process of its own: it gets the ids of children, one a line, and ends them and theirs when its input ends, however
+# that comes about. It waits for them to be gone before it does.
+UNDERTAKER = """
+import os, signal, sys, time
+groups = [int(line) for line in sys.stdin]
+for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+    until = time.monotonic() + seconds
+    for group in list(groups):
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            groups.remove(group)
+    while groups and time.monotonic() < until:
+        time.sleep(0.05)
+        for group in list(groups):
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                groups.remove(group)
+"""
+
+Child = subprocess.Popen[bytes]
+
+
+@contextmanager
+def _ending_children() -> Iterator[Callable[[Child], Child]]:
+    """Hand children over that lead process groups: all of them end with this block, or with this process (SIGKILL)."""
+    undertaker = subprocess.Popen(
+        [sys.executable, "-I", "-c", UNDERTAKER], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert undertaker.stdin is not None
+    register, children = undertaker.stdin, list[Child]()
+
+    def entrust(child: Child) -> Child:
+        children.append(child)
+        register.write(f"{child.pid}\n".encode())
+        register.flush()
+        return child
+
+    try:
+        yield entrust
+    finally:
+        register.close()
+        while undertaker.poll() is None:
+            for child in children:
+                child.poll()  # a child that nobody asked for counts as there
+            time.sleep(0.05)
 
 
 def _say_links(settings: Settings, servers: Mapping[str, subprocess.Popen[bytes]], say: Callable[[str], None]) -> None:
@@ -118,6 +167,7 @@ def mlflow_command(settings: Settings, port: int) -> list[str]:
         "server",
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--artifacts-destination", str(settings.artifacts)),
+        *("--allowed-hosts", "localhost:*,127.0.0.1:*"),  # its default lets names in that lead anywhere
     ]
 
 
@@ -145,6 +195,7 @@ def dashboard(
     from search.guard import LOOPBACK, guard
     from search.storage import artifacts, open_storage
 
+    _check_port(port, "--port")
     password = environment.get("SIEVE_DASHBOARD_PASSWORD") or None
     if host not in LOOPBACK and password is None and not open_:
         raise SettingsError(
@@ -153,15 +204,21 @@ def dashboard(
         )
     hosts = {*LOOPBACK, *environment.get("SIEVE_DASHBOARD_HOSTS", "").replace(",", " ").split()} | {host}
     app = optuna_dashboard.wsgi(open_storage(settings.storage), artifact_store=artifacts(settings.trial_artifacts))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_end(signal.default_int_handler)
     guarded = guard(app, hosts=hosts, password=password, writable=writable)
     try:
         waitress.serve(guarded, host=host, port=port, threads=8, ident=None, _quiet=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"the dashboard cannot listen at {host}:{port}: {error}") from None
 
 
+def _check_port(port: int, option: str) -> None:
+    if not 0 < port < 1 << 16:
+        raise SettingsError(f"{option}: expected a port from 1 to 65535, got {port}")
+
+
 def _check_free(port: int, option: str) -> None:
+    _check_port(port, option)
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
@@ -169,21 +226,12 @@ def _check_free(port: int, option: str) -> None:
 
 
 def _await_answer(name: str, server: subprocess.Popen[bytes], address: str) -> None:
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no way to our loopback
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with urllib.request.urlopen(address, timeout=5):
+            with directly.open(address, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise SieveError(f"{name} did not answer at {address}; ui.log at home says why")
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    """End a server and the processes it started."""
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
