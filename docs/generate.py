@@ -117,8 +117,8 @@ def study_file() -> str:
         *(f"## {title}\n\n{inspect.getdoc(model)}\n\n{table(head, keys(model))}\n" for title, model in MODELS.items()),
         f"## Training settings\n\nThe keys of `base` and of `space`.\n\n{table(['setting', *head[1:]], settings())}\n",
         f"## Metrics\n\n{', '.join(f'`{name}`' for name in study.METRICS)}; `best_` takes the best point of the curve "
-        "instead of its last (the first of equal ones), and the weights, test figures and confusion matrix of a trial are "
-        "those of that point. The test images choose nothing: there is no metric of theirs.\n",
+        "instead of its last (the first of equal ones), and the weights, test figures and confusion matrix of a trial "
+        "are those of that point. The test images choose nothing: there is no metric of theirs.\n",
     ]
     return "\n".join(parts)
 

@@ -409,12 +409,13 @@ def sync(
 ) -> None:
     """Send to MLflow what has not reached it yet."""
     with _errors():
-        from search import tracking
+        from search import run, tracking
 
         settings = Settings.from_environment()
         process.outlast_readers()
         if follow is None:
             process.on_end(signal.default_int_handler)
+            run.recover_all(settings, _say)
         # Every study that has, or had, that name: one that was deleted may have something unsent too.
         studies = [None] if study is None else tracking.ids(settings, study)
         for known in studies if redo else []:

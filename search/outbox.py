@@ -127,6 +127,11 @@ class Outbox:
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a copy of this one reads the file alone
         return str(home)
 
+    def adopt(self, home: str) -> None:
+        """Be this home: the journal is a new one, because the home's own was lost."""
+        self._update("UPDATE home SET id = ?", [(home,)])
+        self.home = home
+
     def was(self, home: str) -> bool:
         """Whether this home is a copy of that one, at first hand or not."""
         return self._db.execute("SELECT 1 FROM earlier_homes WHERE id = ?", (home,)).fetchone() is not None

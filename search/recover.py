@@ -23,7 +23,7 @@ STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialSta
 
 
 def recover(record: StudyRecord, box: Outbox, settings: Settings, clock: Callable[[], float]) -> int:
-    """Put what is missing of the attempts that this home trained; says of how many. To be called by the owner."""
+    """Put what is missing of the attempts that this home trained; says of how many."""
     spec, home = record.spec, record.attr("home") or box.home
     digests = record.attr("datasets") or {}
     journal, series = box.attempts(record.id), METRICS[spec.metric].series
@@ -39,13 +39,14 @@ def recover(record: StudyRecord, box: Outbox, settings: Settings, clock: Callabl
         )
         new = [(step, clock(), metrics) for step, metrics in points if last_step is None or step > last_step]
         seq = -1 - max((step for step, *_ in new), default=0)  # a number that no slice has
-        records = [outbox.trial_progress(record.id, uid, seq, clock(), new, recovered=True)] if new else []
+        records = [outbox.trial_progress(record.id, uid, seq, clock(), new)] if new else []
         if attempt.state in STATUS:
             records.append(_ended(record, attempt, clock()))
         if records:
             config = spec.config(attempt.params, **attempt.attrs["overrides"])
             data = spec.dataset_of(attempt.attrs["stage"]).name, digests.get(attempt.attrs["stage"], "")
-            box.put([trial_begun(record, attempt, config.to_params(), data, clock()), *records])
+            begun = trial_begun(record, attempt, config.to_params(), data, clock())
+            box.put(map(outbox.recovered, [begun, *records]))
             recovered += 1
     return recovered
 

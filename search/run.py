@@ -15,14 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.data import Dataset, Split
+from core.data import Dataset, Split, write_whole
 from core.train import TrainConfig, advance
 from search import COMMAND, outbox, plan
 from search.datasets import open_dataset
 from search.errors import (
     Interrupted,
     SieveError,
-    StudyBusy,
     StudyFailed,
     StudyFileError,
     StudyGone,
@@ -37,7 +36,7 @@ from search.plan import Params, Proposal
 from search.recover import recover
 from search.runner import REQUEST_SECONDS, STOP_SECONDS, Runner, Status, Trial, groups, is_asked, prepare
 from search.samplers import asker, check_packages
-from search.settings import Settings, redact, sqlite_path
+from search.settings import Settings, redact, sqlite_path, sqlite_path
 from search.storage import (
     PATIENCE,
     StudyRecord,
@@ -90,6 +89,7 @@ def launch(
     digests = {stage: data.digest for stage, data in datasets.items()}
     with registered(settings.storage, spec, digests, PATIENCE) as record, Outbox(settings.outbox) as box:
         record.warn = warn
+        keep_home(box, settings)
         identify(record, box, settings)
         recover(record, box, settings, time.time)
         runner: Runner | None = None
@@ -142,17 +142,26 @@ def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:
     """Put into this home's journal what it lacks of the studies that nobody runs now; `sieve sync` does so."""
     if is_empty(settings.storage):
         return
-    storage = open_storage(settings.storage)
-    for name in study_names(storage):
-        try:
+    try:
+        storage = open_storage(settings.storage)
+        for name in study_names(storage):
             record = StudyRecord(storage, name)
             if record.attr("id") and not is_owned(record):
-                with Outbox(settings.outbox) as box, owned(record):
+                with Outbox(settings.outbox) as box:
+                    keep_home(box, settings)
                     recover(record, box, settings, time.time)
-        except StudyBusy:  # its runner has just begun, and does so itself
-            continue
-        except SieveError as error:
-            warn(str(error))
+    except SieveError as error:
+        warn(f"warning: the journal was not compared with the storage: {error}")
+
+
+def keep_home(box: Outbox, settings: Settings) -> None:
+    """This home stays the same one when its journal is lost: its id is written beside it too."""
+    path = settings.home / "home.id"
+    known = path.read_text().strip() if path.exists() else ""
+    if known and not box.counts():
+        box.adopt(known)
+    elif known != box.home:
+        write_whole(path, box.home.encode())
 
 
 def identify(record: StudyRecord, box: Outbox, settings: Settings) -> None:

@@ -217,7 +217,8 @@ def owned(record: "StudyRecord") -> Iterator["StudyRecord"]:
     """Be the one writer of a study. Raises StudyBusy, StorageLost, StudyGone."""
     with locked(record.url, _lock_of(record.id), record.name) as still_locked:
         record.take(still_locked)
-        yield record
+        with _asking_before_each_commit(record.storage.engine, record.must_be_ours):
+            yield record
 
 
 @contextmanager
@@ -436,7 +437,6 @@ class StudyRecord:
                 return int(found) + 1
 
         self.fence = self.lasting(once)
-        _ask_before_each_commit(self.storage.engine, self.must_be_ours)
 
     def must_be_ours(self, connection: sqlalchemy.Connection) -> None:
         """Raises StudyTaken if another took the study since, StudyGone if it was deleted."""
@@ -731,22 +731,31 @@ def _store(connection: sqlalchemy.Connection, study_id: int, attrs: Mapping[str,
             connection.execute(STUDY_ATTRS.insert().values(row))
 
 
-def _ask_before_each_commit(engine: sqlalchemy.Engine, ask: Callable[[sqlalchemy.Connection], None]) -> None:
+@contextmanager
+def _asking_before_each_commit(
+    engine: sqlalchemy.Engine, ask: Callable[[sqlalchemy.Connection], None]
+) -> Iterator[None]:
     """`ask` within each transaction that has written something, as its last statement; it raises to undo it all."""
 
-    @sqlalchemy.event.listens_for(engine, "after_cursor_execute")
     def remember(connection: sqlalchemy.Connection, _: Any, statement: str, *__: Any) -> None:
         if statement.lstrip()[:6].upper() != "SELECT":
             connection.info["wrote"] = True
 
-    @sqlalchemy.event.listens_for(engine, "commit")
     def commit(connection: sqlalchemy.Connection) -> None:
         if connection.info.pop("wrote", False):
             ask(connection)
 
-    @sqlalchemy.event.listens_for(engine, "rollback")
     def rollback(connection: sqlalchemy.Connection) -> None:
         connection.info.pop("wrote", None)
+
+    listeners = {"after_cursor_execute": remember, "commit": commit, "rollback": rollback}
+    for name, listener in listeners.items():
+        sqlalchemy.event.listen(engine, name, listener)
+    try:
+        yield
+    finally:
+        for name, listener in listeners.items():
+            sqlalchemy.event.remove(engine, name, listener)
 
 
 def register(storage: RDBStorage, spec: StudySpec, datasets: Mapping[str, str]) -> None:
