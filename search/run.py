@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import statistics
@@ -36,7 +37,7 @@ from search.plan import Params, Proposal
 from search.recover import recover
 from search.runner import REQUEST_SECONDS, STOP_SECONDS, Runner, Status, Trial, groups, is_asked, prepare
 from search.samplers import asker, check_packages
-from search.settings import Settings, redact, sqlite_path, sqlite_path
+from search.settings import Settings, redact, sqlite_path
 from search.storage import (
     PATIENCE,
     StudyRecord,
@@ -172,8 +173,9 @@ def identify(record: StudyRecord, box: Outbox, settings: Settings) -> None:
     inside = settings.storage.startswith("sqlite:///") and sqlite_path(settings.storage).is_relative_to(settings.home)
     if inside and box.was(record.attr("home") or ""):
         embedded = not settings.tracking_uri.startswith("http")
-        record.set_attr("home", box.home)
-        box.fork(record.id, record.renew(), keep_links=embedded)
+        own = hashlib.blake2b(f"{record.id} {box.home}".encode(), digest_size=8).hexdigest()  # again, after a crash
+        box.fork(record.id, own, keep_links=embedded)
+        record.become(own, box.home)
     if record.attr("formerly") and (before := settings.checkpoints / record.name).exists():
         before.rename(settings.checkpoints / record.id)
     if record.attr("formerly"):

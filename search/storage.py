@@ -418,11 +418,12 @@ class StudyRecord:
         """What tells an attempt from every other one, in the journal and in MLflow."""
         return f"{self.id}/{slot}/{attempt}"
 
-    def renew(self) -> str:
-        """Give the study another id, and say which: it was copied, and goes another way from here on."""
-        self.set_attr("id", new := secrets.token_hex(8))
+    @_durable
+    def become(self, study_id: str, home: str) -> None:
+        """Be another study from here on, which this home runs: the one that has the id now was copied."""
+        with self.storage.engine.begin() as connection:
+            _store(connection, self.study_id, {"id": study_id, "home": home})
         self.__dict__.pop("id", None)
-        return new
 
     def take(self, still_locked: Callable[[], None]) -> None:
         """Begin to write: from here on every transaction asks whether nobody has taken the study since."""
@@ -748,7 +749,11 @@ def _asking_before_each_commit(
     def rollback(connection: sqlalchemy.Connection) -> None:
         connection.info.pop("wrote", None)
 
-    listeners = {"after_cursor_execute": remember, "commit": commit, "rollback": rollback}
+    listeners: dict[str, Callable[..., None]] = {
+        "after_cursor_execute": remember,
+        "commit": commit,
+        "rollback": rollback,
+    }
     for name, listener in listeners.items():
         sqlalchemy.event.listen(engine, name, listener)
     try:
