@@ -1,24 +1,19 @@
-"""Which trials stop early: those that lag behind others between slices, or at rungs where a whole stage waits.
+"""Which trials stop early: by Optuna's pruners between slices, or at rungs where a whole stage waits.
 
 Only trials that are trained alike are compared, and at the same step: a stage with other epochs or data is a race of
 its own. Between slices, a trial is compared with whoever is that far by then, so what is cut depends on timing. At a
 rung with a barrier the decision is taken when the whole stage is there; it is the same for any number of workers.
 Confirm is never cut: its means need every run.
-
-The rules are those of Optuna's MedianPruner, SuccessiveHalvingPruner and HyperbandPruner. These would read every
-trial of the study for each question, and know nothing of stages.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect, insort
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
 from statistics import fmean
-from zlib import crc32
+
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
 
 from search import plan
 from search.plan import Slot
@@ -84,16 +79,30 @@ def survivors(scores: Mapping[Slot, float], reduction: int) -> set[Slot]:
 # ---- between slices
 
 
-@dataclass
 class Rivals:
-    """The trials of stages that are trained alike, as far as the pruner compares them."""
+    """The trials of stages that are trained alike, as one of Optuna's pruners sees them: a study of its own, in memory.
 
-    pruner: Median | Halving
-    unit: int
-    scores: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
-    """The worst first: by (0, step), of complete trials, for the median; by (bracket, rung) for halving."""
-    complete: int = 0
-    judged: dict[Slot, int] = field(default_factory=dict)  # the last rung that a trial was compared at
+    The study in the storage would be read as a whole for each question, and mixes what no pruner should compare.
+    """
+
+    def __init__(self, pruner: BasePruner, name: str) -> None:
+        sampler = optuna.samplers.RandomSampler(0)  # nothing is sampled
+        self.study = optuna.create_study(study_name=name, direction="maximize", sampler=sampler, pruner=pruner)
+        self.trials: dict[Slot, optuna.Trial] = {}
+        self.seen: Counter[Slot] = Counter()  # evaluations of each
+
+    def is_worse(self, slot: Slot, curve: Curve, complete: bool = False) -> bool:
+        """Enter how far a trial has come, and say whether it is to stop there. complete: it came to its end."""
+        if slot not in self.trials:
+            self.trials[slot] = self.study.ask()
+        trial, new, worse = self.trials[slot], curve[self.seen[slot] :], False
+        for step, score in new:  # asked at each: a rung that is passed on the way counts too
+            trial.report(score, step)
+            worse |= trial.should_prune()
+        self.seen[slot] = len(curve)
+        if complete and new:
+            self.study.tell(trial, curve[-1][1])
+        return worse
 
 
 def rivals(spec: StudySpec) -> dict[int, Rivals]:
@@ -103,54 +112,13 @@ def rivals(spec: StudySpec) -> dict[int, Rivals]:
     found: dict[int, Rivals] = {}
     for number, (stage, unit) in enumerate(zip(plan.stages(spec), units(spec), strict=True)):
         if stage.name != "confirm":
-            found[number] = found.get(stage.like) or Rivals(spec.pruner, unit)
+            found[number] = found.get(stage.like) or Rivals(_of_optuna(spec.pruner, unit), spec.name)
     return found
 
 
-def is_worse(rivals: Rivals, slot: Slot, curve: Curve, steps: int, complete: bool = False) -> bool:
-    """Enter how far a trial has come, and say whether it is to stop there.
-
-    `steps` are those of the whole training; `complete` says that it came to their end.
-    """
-    if not curve:
-        return False
-    if isinstance(rivals.pruner, Halving):
-        return _is_left_behind(rivals, rivals.pruner, slot, curve, steps)
-    if complete:
-        rivals.complete += 1
-        for step, score in curve:
-            insort(rivals.scores[0, step], score)
-    return _is_below_median(rivals, rivals.pruner, curve)
-
-
-def _is_below_median(rivals: Rivals, pruner: Median, curve: Curve) -> bool:
-    step, _ = curve[-1]
-    others = rivals.scores.get((0, step), [])
-    if rivals.complete < pruner.startup or step < pruner.warmup * rivals.unit or not others:
-        return False
-    median = (others[(len(others) - 1) // 2] + others[len(others) // 2]) / 2
-    return max(score for _, score in curve) < median
-
-
-def _is_left_behind(rivals: Rivals, pruner: Halving, slot: Slot, curve: Curve, steps: int) -> bool:
-    """Whether it is not among the best 1/reduction that came to some rung so far; it is compared at each one once."""
-    worse, bracket = False, _bracket(pruner, rivals.unit, slot, steps)
-    for rung, score in at_rungs(pruner, rivals.unit, curve)[bracket:]:
-        if rung > rivals.judged.get(slot, 0):
-            others = rivals.scores[bracket, rung]
-            insort(others, score)
-            worse |= score < others[-max(1, len(others) // pruner.reduction)]
-            rivals.judged[slot] = rung
-    return worse
-
-
-def _bracket(pruner: Halving, unit: int, slot: Slot, steps: int) -> int:
-    """The rungs that a trial passes without being compared: of Hyperband's brackets the one that is this slot's.
-
-    Brackets get trials in the proportions of Li et al. 2018, each the same slots for any timing.
-    """
-    if pruner.method != "hyperband":
-        return 0
-    brackets = max(1, len(at_rungs(pruner, unit, [(steps, 0.0)])))
-    shares = [math.ceil(brackets * pruner.reduction**s / (s + 1)) for s in reversed(range(brackets))]
-    return bisect(list(accumulate(shares)), crc32(str(slot).encode()) % sum(shares))
+def _of_optuna(pruner: Median | Halving, unit: int) -> BasePruner:
+    """Optuna's pruner for stages whose evaluations are so many steps apart."""
+    if isinstance(pruner, Median):
+        return MedianPruner(n_startup_trials=pruner.startup, n_warmup_steps=pruner.warmup * unit)
+    make = HyperbandPruner if pruner.method == "hyperband" else SuccessiveHalvingPruner
+    return make(min_resource=pruner.least * unit, reduction_factor=pruner.reduction)

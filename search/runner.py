@@ -467,8 +467,7 @@ class Runner:
             if attempt.state == TrialState.FAIL:
                 continue
             curve = [(step, sign * value) for step, value in sorted(curves[attempt.trial_id].items())]
-            config = self.spec.config(attempt.params, **attempt.attrs["overrides"])
-            self._compare(attempt.slot, attempt.attrs["stage"], config, curve, attempt.state == TrialState.COMPLETE)
+            self._compare(attempt.slot, attempt.attrs["stage"], curve, attempt.state == TrialState.COMPLETE)
 
     # ---- a slice's end
 
@@ -536,7 +535,7 @@ class Runner:
     def _go_on(self, trial: Trial) -> None:
         """After a slice: settle the trial, cut it, let it wait at a rung, or make it ready for the next slice."""
         complete = trial.state.finished and not trial.state.diverged
-        worse = self._compare(trial.slot, trial.stage, trial.config, self._scores(trial), complete)
+        worse = self._compare(trial.slot, trial.stage, self._scores(trial), complete)
         if trial.state.finished:
             self._finish(trial)
         elif worse:
@@ -550,16 +549,12 @@ class Runner:
         """What its pruner sees of a trial."""
         return [(e.step, self.spec.score([e])) for e in trial.progress.evaluations] if self.spec.pruner else []
 
-    def _compare(self, slot: Slot, stage: str, config: TrainConfig, curve: prune.Curve, complete: bool) -> bool:
+    def _compare(self, slot: Slot, stage: str, curve: prune.Curve, complete: bool) -> bool:
         """Enter how far a trial has come among those it is compared with, and say whether the pruner would stop it."""
         if self.rungs and stage != "confirm":
             for rung, score in prune.at_rungs(self.rungs, self.units[slot.stage], curve):
                 self.at_rung.setdefault((slot.stage, rung), {})[slot] = score
-        if slot.stage not in self.rivals:
-            return False
-        total, per_epoch = config.length(len(self.datasets[stage].train))
-        steps = total if config.eval_every else math.ceil(total / per_epoch)
-        return prune.is_worse(self.rivals[slot.stage], slot, curve, steps, complete)
+        return slot.stage in self.rivals and self.rivals[slot.stage].is_worse(slot, curve, complete)
 
     def _rung(self, trial: Trial) -> int:
         """The rung with a barrier at which a trial stands; 0 between two."""

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 import sqlalchemy
@@ -124,26 +123,12 @@ def test_the_rules_are_those_of_optuna(
         trials[k].report(curve[-1][1], curve[-1][0])
         complete = done[k] == len(curves[k])
         wanted = trials[k].should_prune()
-        assert complete or prune.is_worse(rivals, Slot(0, k, 0), curve, 8 * every) == wanted
+        assert complete or rivals.is_worse(Slot(0, k, 0), curve) == wanted
         if complete:
-            prune.is_worse(rivals, Slot(0, k, 0), curve, 8 * every, complete=True)
+            rivals.is_worse(Slot(0, k, 0), curve, complete=True)
             study.tell(trials[k], curve[-1][1])
         if complete or wanted:
             running.remove(k)
-
-
-def test_hyperband_has_a_race_for_each_bracket() -> None:
-    """Of 27 evaluations, slots are shared out 27 : 12 : 6 : 4, and each bracket is first compared at its own rung."""
-    pruner = Halving(method="hyperband", least=1, reduction=3)
-    brackets = [prune._bracket(pruner, 1, Slot(0, i, 0), 27) for i in range(20_000)]
-    assert np.bincount(brackets) / 20_000 == pytest.approx(np.array([27, 12, 6, 4]) / 49, abs=0.02)
-    spec = restore(QUICK | {"search": {"method": "random"}, "pruner": {"method": "hyperband", "least": 1}})
-    rivals, first = prune.rivals(spec)[0], [1, 3, 9, 27]
-    for i, bracket in enumerate(brackets[:200]):
-        curve = [(step, -float(i)) for step in range(1, first[bracket] + 1)]  # each worse than all before
-        early = prune.is_worse(rivals, Slot(0, i, 0), curve[:-1], 27)
-        late = prune.is_worse(rivals, Slot(0, i, 0), curve, 27)
-        assert (early, late) == (False, i != brackets.index(bracket))
 
 
 TWO: dict[str, Any] = {  # the second stage sees so few examples that it is far behind the first
