@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ SMALL: dict[str, Any] = {
 OTHER = SMALL | {"seed": 1, "space": SMALL["space"] | {"hidden_sizes": [[12], [12, 6]]}}
 TWO: dict[str, Any] = {"search": {"method": "random", "trials": 2}, "confirm": False}
 QUIETLY = ("--workers", "2", "--no-publish")
+ALONE = ("--workers", "1", "--no-publish")  # all trials that may share a slice do
 
 
 def half_way(settings: Settings, file: Path, *words: str, at: str = "saved:2", **given: Any) -> None:
@@ -74,6 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, new_mlflow: Path) -> Iterat
 # ---- the oracle itself
 
 
+@pytest.mark.long
 def test_the_oracle_sees_what_it_is_for(settings: Settings, tmp_path: Path, calm: Calms) -> None:
     """Each of its counts rises when what it counts is planted: it would not be at zero whatever happened."""
     run(settings, "launch", study_file(tmp_path, **SMALL), *QUIETLY)
@@ -226,7 +228,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.long
+@pytest.mark.parametrize("change", ["other hidden_sizes", "other eta", "other seed"])
 def test_checkpoints_of_a_study_that_was_deleted_are_not_taken(
     settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, change: str
 ) -> None:
@@ -240,13 +243,14 @@ def test_checkpoints_of_a_study_that_was_deleted_are_not_taken(
     figures(f"old checkpoints, {change}", verdict(settings, "quick", calm(**parts).results))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", [*CHANGES, "another trial"])
 def test_a_checkpoint_of_another_trial_is_not_taken(
     settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, change: str
 ) -> None:
     """A checkpoint that lies where another trial's should be is not that trial's: it begins anew."""
     file = study_file(tmp_path, **LISTED)
-    half_way(settings, file, *QUIETLY)
+    half_way(settings, file, *ALONE)
     own = sorted(settings.checkpoints.rglob("*.npz"))
     assert len(own) == 2
     if change == "another trial":
@@ -254,7 +258,7 @@ def test_a_checkpoint_of_another_trial_is_not_taken(
     else:
         there = replace(settings, home=tmp_path / "there", storage=f"sqlite:///{tmp_path}/there/sieve.db")
         (folder := tmp_path / "changed").mkdir()
-        half_way(there, study_file(folder, **LISTED | CHANGES[change]), *QUIETLY, at="saved:4")
+        half_way(there, study_file(folder, **LISTED | CHANGES[change]), *ALONE, at="saved:3")
         foreign = [path.read_bytes() for path in sorted(there.checkpoints.rglob("*.npz"))]
     for path, content in zip(own, foreign, strict=True):
         path.write_bytes(content)
@@ -422,6 +426,7 @@ def on(path: Path | str, **parts: Any) -> dict[str, Any]:
     return SMALL | {"dataset": {"name": "npz", "path": str(path), "validation": 100, "test": 60}} | parts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stamps", ["new times", "the same times"])
 def test_a_data_file_that_was_replaced_is_refused(
     settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, stamps: str
@@ -449,6 +454,7 @@ def test_a_data_file_that_was_replaced_is_refused(
     figures("data file replaced", verdict(settings, "quick", undisturbed))
 
 
+@pytest.mark.long
 def test_a_relative_path_means_one_file(settings: Settings, tmp_path: Path, calm: Calms, figures: Figures) -> None:
     """Resumed from a folder where the path names another file: the same data, or no data. Retry, too."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
@@ -523,29 +529,47 @@ def test_export_takes_the_normalisation_of_the_time_of_training(settings: Settin
 # ---- requests
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["stop", "cancel"])
-@pytest.mark.parametrize("when", ["as the runner dies", "as the runner ends"])
-def test_a_request_is_for_the_launch_that_it_met(
-    settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, what: str, when: str
+def test_a_request_dies_with_the_launch_that_it_met(
+    settings: Settings, tmp_path: Path, calm: Calms, figures: Figures, what: str
 ) -> None:
-    """Asked to stop, the runner dies, or is at its end: the next launch runs to the study's end."""
+    """Asked to stop, the runner is killed before it reads that: the next launch runs to the study's end."""
     parts = SMALL | {"base": {"batch_size": 5, "epochs": 30}}
     file = study_file(tmp_path, **parts)
     runner = sieve(settings, "launch", file, *QUIETLY, slices=AN_EPOCH)
     await_slices(settings, runner, 2)
-    runner.send_signal(signal.SIGSTOP)  # it reads nothing before it is killed
+    runner.send_signal(signal.SIGSTOP)
     assert "asked the runner" in run(settings, what, "quick")
-    if when == "as the runner dies":
-        runner.kill()
-        runner.communicate()
-    else:
-        runner.send_signal(signal.SIGINT)
-        runner.send_signal(signal.SIGCONT)
-        finish(runner)
+    runner.kill()
+    runner.communicate()
     run(settings, "launch", file, *QUIETLY)
-    found = verdict(settings, "quick", calm(**parts).results)
     assert not any(t.user_attrs.get("reason") == "cancelled by the user" for t in trials(settings, "quick"))
-    figures(f"{what} {when}", found)
+    figures(f"asked to {what}, then killed", verdict(settings, "quick", calm(**parts).results))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["stop", "cancel"])
+def test_a_request_that_comes_too_late_stops_nothing(
+    settings: Settings, tmp_path: Path, calm: Calms, what: str
+) -> None:
+    """Asked to stop when all is done and only MLflow is waited for: the study, given more points, runs to its end."""
+    away = replace(settings, tracking_uri=f"http://127.0.0.1:{free_port()}")
+    runner = sieve(away, "launch", study_file(tmp_path, **TWO), "--workers", "2", patience=10)
+    until(lambda: runner.poll() is not None or is_done(settings), 120)
+    assert re.search("asked the runner|not running", run(settings, what, "quick"))
+    said = finish(runner)
+    assert runner.returncode == 0, said
+    more = TWO | {"search": TWO["search"] | {"trials": 4}}
+    run(settings, "launch", study_file(tmp_path, **more), *QUIETLY)
+    assert not any(verdict(settings, "quick", calm(**more).results))
+
+
+def is_done(settings: Settings) -> bool:
+    """Whether the storage says so; before there is one, it does not."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{settings.home}/sieve.db?mode=ro", uri=True)) as db:
+        return bool(db.execute("SELECT 1 FROM study_user_attributes WHERE value_json = '\"done\"'").fetchone())
+    return False
 
 
 @pytest.mark.parametrize("what", ["stop", "cancel"])
