@@ -88,17 +88,20 @@ def everything(settings: Settings) -> list[Any]:
     return [attrs, *stored]
 
 
+@pytest.mark.parametrize("whose", ["another home", "its own home"])
 def test_who_wakes_when_another_has_finished_the_study_writes_nothing(
-    storage: str, home: Home, tmp_path: Path, parts: dict[str, Any], calm: Any, figures: Any
+    storage: str, home: Home, tmp_path: Path, parts: dict[str, Any], calm: Any, figures: Any, whose: str
 ) -> None:
-    """Suspended, its lock lost, the study finished by another home: the first one wakes and ends with one line."""
+    """Suspended, its lock lost, the study finished by another runner: the first one wakes and ends with one line."""
     file = study_file(tmp_path, **parts)
-    one, two = home("one", SIEVE_STORAGE=storage), home("two", SIEVE_STORAGE=storage)
+    one = home("one", SIEVE_STORAGE=storage)
+    two = home("two", SIEVE_STORAGE=storage) if whose == "another home" else one
     away = Away(one, file)
     run(two, "launch", file, *QUIETLY)
     before = everything(two)
     away.wake()
     assert everything(two) == before
+    assert not list(two.checkpoints.rglob("*.npz"))
     figures("runner away while another finished", verdict(two, "quick", calm(parts)), 4, also="exit not 0, one line")
 
 
