@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,25 @@ class Away:
                 one.resume()
         said = finish(self.process)
         assert self.process.returncode in (1, 2), said
+        assert "Traceback" not in said, said
         (line,) = (line for line in said.splitlines() if " | " not in line and not line.endswith("waiting for it"))
         assert "quick" in line
         return line
+
+
+@pytest.fixture
+def suspend() -> Iterator[Callable[[Settings, Path], Away]]:
+    """Begins a runner and suspends it; whatever fails, none is left behind."""
+    begun: list[Away] = []
+
+    def begin(settings: Settings, file: Path) -> Away:
+        begun.append(Away(settings, file))
+        return begun[-1]
+
+    yield begin
+    for process in (one for away in begun for one in away.family):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def everything(settings: Settings) -> list[Any]:
@@ -90,13 +106,13 @@ def everything(settings: Settings) -> list[Any]:
 
 @pytest.mark.parametrize("whose", ["another home", "its own home"])
 def test_who_wakes_when_another_has_finished_the_study_writes_nothing(
-    storage: str, home: Home, tmp_path: Path, parts: dict[str, Any], calm: Any, figures: Any, whose: str
+    storage: str, home: Home, tmp_path: Path, parts: dict[str, Any], calm: Any, figures: Any, suspend: Any, whose: str
 ) -> None:
     """Suspended, its lock lost, the study finished by another runner: the first one wakes and ends with one line."""
     file = study_file(tmp_path, **parts)
     one = home("one", SIEVE_STORAGE=storage)
     two = home("two", SIEVE_STORAGE=storage) if whose == "another home" else one
-    away = Away(one, file)
+    away = suspend(one, file)
     run(two, "launch", file, *QUIETLY)
     before = everything(two)
     away.wake()
@@ -106,12 +122,12 @@ def test_who_wakes_when_another_has_finished_the_study_writes_nothing(
 
 
 def test_who_wakes_while_another_runs_the_study_leaves_it_alone(
-    storage: str, home: Home, tmp_path: Path, parts: dict[str, Any], calm: Any, figures: Any
+    storage: str, home: Home, tmp_path: Path, parts: dict[str, Any], calm: Any, figures: Any, suspend: Any
 ) -> None:
     """Suspended, its lock lost, another home at it: the first one wakes and ends, the other goes on."""
     file = study_file(tmp_path, **parts)
     one, two = home("one", SIEVE_STORAGE=storage), home("two", SIEVE_STORAGE=storage)
-    away = Away(one, file)
+    away = suspend(one, file)
     other = sieve(two, "launch", file, *QUIETLY, slices=AN_EPOCH)
     await_slices(two, other, 2)
     away.wake()
@@ -121,12 +137,12 @@ def test_who_wakes_while_another_runs_the_study_leaves_it_alone(
 
 
 def test_who_comes_back_goes_on_if_nobody_took_the_study(
-    storage: str, home: Home, tmp_path: Path, calm: Any, figures: Any
+    storage: str, home: Home, tmp_path: Path, calm: Any, figures: Any, suspend: Any
 ) -> None:
     """Suspended and its lock lost, but nobody came: it goes on to the end, or another launch does."""
     file = study_file(tmp_path, **SIX)
     settings = home(SIEVE_STORAGE=storage)
-    away = Away(settings, file)
+    away = suspend(settings, file)
     for one in reversed(away.family):
         one.resume()
     said = finish(away.process)
@@ -136,11 +152,13 @@ def test_who_comes_back_goes_on_if_nobody_took_the_study(
     figures("runner away, nobody else came", verdict(settings, "quick", calm(SIX)), 2)
 
 
-def test_a_study_deleted_under_its_runner_ends_it(storage: str, home: Home, tmp_path: Path, calm: Any) -> None:
+def test_a_study_deleted_under_its_runner_ends_it(
+    storage: str, home: Home, tmp_path: Path, calm: Any, suspend: Any
+) -> None:
     """Deleted and launched anew by another home while it was away: the first one touches nothing of the new study."""
     file = study_file(tmp_path, **SIX)
     one, two = home("one", SIEVE_STORAGE=storage), home("two", SIEVE_STORAGE=storage)
-    away = Away(one, file)
+    away = suspend(one, file)
     opened = optuna.storages.RDBStorage(storage)
     optuna.delete_study(study_name="quick", storage=opened)
     opened.engine.dispose()
