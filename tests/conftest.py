@@ -82,7 +82,8 @@ def stop_after_first_slice(runner: "Runner") -> None:
 # ---- the table of faults
 
 FAULTS = pytest.StashKey[list[list[str]]]()
-HEAD = ("fault", "rounds", "lost", "dup", "ghost", "orphan", "points", "values", "recovery s", "also")
+COUNTS = ("lost", "dup", "ghost", "orphan", "points", "values", "uids", "data", "params", "weights", "untold")
+HEAD = ("fault", "rounds", *COUNTS, "recovery s", "also")
 
 
 @pytest.fixture
@@ -115,8 +116,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if file := config.getoption("figures"):
         before, begin, rest = file.read_text().partition("<!-- faults -->\n")
         table, end, after = rest.partition("<!-- end of faults -->")
-        known = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-        file.write_text(f"{before}{begin}{_table({row[0]: row for row in known} | rows)}\n{end}{after}")
+        head, _, *known = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        by_name = [dict(zip(head, row, strict=True)) for row in known]  # the table may be of before a column was new
+        old = {row["fault"]: [row.get(name, "") for name in HEAD] for row in by_name}
+        file.write_text(f"{before}{begin}{_table(old | rows)}\n{end}{after}")
 
 
 def _table(rows: dict[str, list[str]]) -> str:

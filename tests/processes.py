@@ -34,11 +34,13 @@ def sieve(
     slices: float | None = None,
     patience: float | None = None,
     before: Sequence[str] = (),
+    folder: Path | None = None,
     **environment: str,
 ) -> subprocess.Popen[str]:
     """The command in a session of its own; `slices`: their length in seconds instead of five.
 
     patience: seconds without getting on that it waits for its publisher. before: a command that starts it.
+    folder: where it is typed.
     """
     changes = {
         "runner.SLICE_SECONDS": slices,
@@ -56,7 +58,7 @@ def sieve(
     return subprocess.Popen(
         [*before, sys.executable, "-c", f"{code}app()", *map(str, words)],
         env=os.environ | addresses | environment,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, cwd=folder,
     )  # fmt: skip
 
 
@@ -69,6 +71,20 @@ def finish(process: subprocess.Popen[str], timeout: float = 240.0) -> str:
             one.kill()
         out, said = process.communicate()
         raise AssertionError(f"it did not end in {timeout} s; it said:\n{out}{said}") from None
+
+
+def run(settings: Settings, *words: str | Path, code: int = 0, **given: Any) -> str:
+    """The command to its end, which is to have this exit code and no traceback: what it said, on stderr last."""
+    out, said = (command := sieve(settings, *words, **given)).communicate(timeout=240)
+    assert command.returncode == code, out + said
+    assert "Traceback" not in out + said
+    return out + said
+
+
+def refused(settings: Settings, *words: str | Path, code: int = 2, **given: Any) -> str:
+    """The one line with which the command refuses what it was asked."""
+    (line,) = run(settings, *words, code=code, **given).splitlines()
+    return line
 
 
 def send(settings: Settings, *words: str) -> None:

@@ -20,6 +20,7 @@ from search.outbox import Outbox
 from search.outcome import conclude, open_study
 from search.settings import Settings
 from tests.conftest import QUICK
+from tests.oracle import study_id
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright's Python package is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -98,7 +99,7 @@ def best(shown: Settings) -> Any:
 def links(shown: Settings) -> dict[str, str]:
     """The addresses that `sieve ui` prints."""
     with closing(Outbox(shown.outbox)) as box:
-        experiment, _ = box.links("quick")["quick"]
+        experiment, _ = box.links(uid=study_id(shown, "quick"))[study_id(shown, "quick")]
     return tracking.links(shown, experiment)
 
 
@@ -184,7 +185,7 @@ def test_the_study_in_the_dashboard_says_what_came_out(page: Any, shown: Setting
 def test_the_summary_run_carries_the_report(page: Any, links: dict[str, str], shown: Settings) -> None:
     """MLflow shows the page among the artifacts of the study's summary run."""
     with closing(Outbox(shown.outbox)) as box:
-        experiment, run_id = box.links("quick")["quick"]
+        experiment, run_id = box.links(uid=study_id(shown, "quick"))[study_id(shown, "quick")]
     address = tracking.run_link(shown, experiment, run_id).replace("?", "/artifacts/report.html?")
     page.goto(address)
     frame = page.frame_locator("iframe").last

@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_costs_its_slices_alone(
     for damage in damages:
         runner = sieve(settings, "launch", path, *QUIETLY, slices=AN_EPOCH, SIEVE_FAILPOINT="curves:2")
         assert (finish(runner), runner.returncode)[1] == -signal.SIGKILL
-        found = sorted((settings.checkpoints / "quick").glob("*.npz"))
+        found = sorted(settings.checkpoints.rglob("*.npz"))
         assert found
         for checkpoint in found:
             checkpoint.write_bytes(damage(checkpoint.read_bytes()))

@@ -17,7 +17,7 @@ import pytest
 from search.outbox import Outbox
 from search.settings import Settings
 from tests.faults.conftest import SIX
-from tests.oracle import verdict
+from tests.oracle import study_id, verdict
 from tests.processes import (
     AN_EPOCH,
     await_slices,
@@ -117,7 +117,7 @@ def test_a_signal_ends_the_wait_for_a_tracking_server_that_hangs(settings: Setti
 
         def ended() -> bool:
             with Outbox(settings.outbox) as box:
-                return bool(box.records("quick", "study_ended"))
+                return bool(box.records(study_id(settings, "quick"), "study_ended"))
 
         until(lambda: slices(settings) > 0 and ended())
         since = time.monotonic()

@@ -10,10 +10,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from search import run
-from search.errors import SettingsError, StorageLost, StudyBusy
+from search.errors import SettingsError, StorageLost, StudyBusy, StudyTaken
 from search.plan import Proposal, Slot
 from search.settings import Settings
-from search.storage import StudyRecord, open_storage, owned, register
+from search.storage import StudyRecord, open_storage, registered
 from search.study import StudySpec
 from tests.stack.conftest import PASSWORD, execute, free_port
 from tests.test_run import values
@@ -25,19 +25,18 @@ Home = Callable[..., Settings]
 launch = partial(run.launch, publish=False, workers=2)
 
 
-def test_a_study_has_one_owner(storage: str) -> None:
+def test_a_study_has_one_owner(storage: str, quick: Spec) -> None:
     """On either database a second owner is refused, another study is not, and the end of the first frees it."""
-    open_storage(storage)
-    with owned(storage, "a"):
-        with pytest.raises(StudyBusy, match="'a' is being run"), owned(storage, "a"):
+    with registered(storage, quick(name="a"), {}):
+        with pytest.raises(StudyBusy, match="'a' is being run"), registered(storage, quick(name="a"), {}):
             pass
-        with owned(storage, "b"):
+        with registered(storage, quick(name="b"), {}):
             pass
-    with owned(storage, "a"):
+    with registered(storage, quick(name="a"), {}):
         pass
 
 
-def test_twenty_that_start_at_once_have_one_winner(storage: str) -> None:
+def test_eight_that_start_at_once_have_one_winner(storage: str, quick: Spec) -> None:
     """Of many that want a study at the same moment exactly one gets it."""
     open_storage(storage)
     barrier, held = threading.Barrier(8), threading.Barrier(8)
@@ -45,7 +44,7 @@ def test_twenty_that_start_at_once_have_one_winner(storage: str) -> None:
     def contend(_: int) -> bool:
         barrier.wait()
         try:
-            with owned(storage, "a"):
+            with registered(storage, quick(), {}):
                 held.wait()
                 return True
         except StudyBusy:
@@ -80,18 +79,18 @@ CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{
 def test_an_owner_that_lost_its_lock_to_another_stops(new_database: Callable[[], str], quick: Spec) -> None:
     """If another runner took the study while the connection was cut, the first one writes no more."""
     url = new_database()
-    storage = open_storage(url)
-    with owned(url, "quick") as still_owned:
-        record = register(storage, quick(), still_owned, patience=30)
+    with registered(url, quick(), {}, patience=30) as record:
         record.set_attr("state", "running")
         name = url.rpartition("/")[2]
         execute(url.replace(name, "postgres"), CUT.format(name=name))
-        with owned(url, "quick"), pytest.MonkeyPatch.context() as patch:
+        with registered(url, quick(), {}) as other, pytest.MonkeyPatch.context() as patch:
+            other.set_attr("state", "the other's")
             patch.setattr("search.storage.RETAKE_SECONDS", 0.2)
             with pytest.raises(StudyBusy):
                 record.set_attr("state", "mine")
-        record.set_attr("state", "mine again")
-        assert StudyRecord(storage, "quick").attrs["state"] == "mine again"
+        with pytest.raises(StudyTaken):
+            record.set_attr("state", "mine again")
+    assert StudyRecord(open_storage(url), "quick").attr("state") == "the other's"
 
 
 def test_a_trial_whose_reply_was_lost_is_not_made_twice(
@@ -99,25 +98,24 @@ def test_a_trial_whose_reply_was_lost_is_not_made_twice(
 ) -> None:
     """The server commits a new trial and dies before it says so: the next try finds it."""
     url = new_database()
-    storage = open_storage(url)
-    record = register(storage, quick(), patience=30)
-    create, calls = storage.create_new_trial, 0
+    with registered(url, quick(), {}, patience=30) as record:
+        create, calls = record.storage.create_new_trial, 0
 
-    def commits_and_dies(*args: object, **kwargs: object) -> int:
-        nonlocal calls
-        calls += 1
-        trial_id = create(*args, **kwargs)  # type: ignore[arg-type]
-        if calls == 1:
-            raise StorageLost("gone")
-        return trial_id
+        def commits_and_dies(*args: object, **kwargs: object) -> int:
+            nonlocal calls
+            calls += 1
+            trial_id = create(*args, **kwargs)  # type: ignore[arg-type]
+            if calls == 1:
+                raise StorageLost("gone")
+            return trial_id
 
-    monkeypatch.setattr(storage, "create_new_trial", commits_and_dies)
-    trial_id, number = record.begin(Proposal(Slot(0, 0, 0), {}, "coarse", {}), 1, {})
-    assert (number, len(record.attempts())) == (0, 1)
-    monkeypatch.undo()
-    for _ in range(2):  # the second time as if the first reply was lost
-        record.finish(trial_id, TrialState.COMPLETE, 0.5, {"epochs": 1.0})
-    assert record.attempts()[0].value == 0.5
+        monkeypatch.setattr(record.storage, "create_new_trial", commits_and_dies)
+        trial_id, number = record.begin(Proposal(Slot(0, 0, 0), {}, "coarse", {}), 1, {}, "home")
+        assert (number, len(record.attempts())) == (0, 1)
+        monkeypatch.undo()
+        for _ in range(2):  # the second time as if the first reply was lost
+            record.finish(trial_id, TrialState.COMPLETE, 0.5, {"epochs": 1.0})
+        assert record.attempts()[0].value == 0.5
 
 
 def test_what_can_not_be_opened_is_said_in_one_line_without_the_password(server_url: str) -> None:
