@@ -48,7 +48,8 @@ def begun(name: str = "digits", study: str | None = None, formerly: str | None =
     """A study that searches lambda on a log scale and hidden_sizes by choice."""
     spec = {"name": name, "metric": "val_accuracy", "description": "Is less more?", "base": {"epochs": 4}}
     dimensions = {"lambda": "log", "hidden_sizes": "choice"}
-    more: dict[str, Any] = {"dimensions": dimensions, "optuna_study_id": 3, "formerly": formerly}
+    more: dict[str, Any] = {"dimensions": dimensions, "optuna_study_id": 3}
+    more |= {"formerly": formerly} if formerly else {}
     return outbox.study_begun(study or ident(name), spec, {"version": "0"}, T0, **more)
 
 
