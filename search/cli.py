@@ -426,7 +426,7 @@ def sync(
             from search.show import countdown
 
             left = sum(tracking.publish(settings, study=s, warn=_say, show=countdown(_say)) for s in studies)
-            said = "everything is sent" if not left else f"{left} records could not be sent; try again later"
+            said = tracking.conclusion(settings, left, [s for s in studies if s])
             _show_json({"unsent": left}) if as_json else _tell(said)
             raise typer.Exit(1 if left else 0)
 

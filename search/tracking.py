@@ -142,6 +142,16 @@ def ids(settings: Settings, name: str) -> list[str]:
         return found
 
 
+def conclusion(settings: Settings, left: int, studies: Sequence[str]) -> str:
+    """What to say of the records (of these studies, or all) that are left in the outbox."""
+    with Outbox(settings.outbox) as box:
+        counts = [n for study, n in box.counts().items() if not studies or study in studies]
+    aside = sum(n.refused for n in counts)
+    parts = [f"{left - aside} records could not be sent; try again later"] if left > aside else []
+    parts += [f"{aside} records are set aside; each `sieve sync` tries them again"] if aside else []
+    return "; ".join(parts) or "everything is sent"
+
+
 def redo(settings: Settings, study: str | None = None) -> int:
     """Mark everything (of one study, by its id) as unsent, so that it is published again; says how many records."""
     with Outbox(settings.outbox) as box:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from search.outbox import Outbox, study_begun
 from search.samplers import NEEDS
 from search.settings import Settings
 from tests.conftest import QUICK
@@ -40,6 +41,25 @@ def test_mistakes_in_study_files_are_one_line_each(tmp_path: Path) -> None:
         f"{path}: space.etta: unknown key; did you mean eta?",
         f"{path}: space.lambda.low: a log range needs low > 0, got 0.0",
     ]
+
+
+@pytest.mark.slow
+def test_sync_takes_a_studys_name(new_home: Callable[[str], Settings]) -> None:
+    """All studies that have or had it are sent, others are not; a name that is not known is one line."""
+    home = new_home("home")
+    with Outbox(home.outbox) as box:
+        box.put(
+            study_begun(i, {"name": name}, {}, 1.0) for i, name in [("1a", "mine"), ("2b", "mine"), ("3c", "other")]
+        )
+    done = sieve(home.home, "sync", "mine")
+    assert (done.returncode, done.stdout) == (0, "everything is sent\n"), done.stderr
+    assert "MLflow's experiment 'mine' of an earlier study is 'mine (1a)' now" in done.stderr
+    with Outbox(home.outbox) as box:
+        assert [record.study for record in box.pending()] == ["3c"]
+    done = sieve(home.home, "sync", "mime")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "no study is called 'mime'; did you mean mine?\n"
+    assert sieve(home.home, "sync", "1a", "--redo").returncode == 2
 
 
 @pytest.mark.parametrize(("method", "package"), [("gp", "torch"), ("cmaes", "cmaes")])

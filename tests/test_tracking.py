@@ -48,7 +48,8 @@ def begun(name: str = "digits", study: str | None = None, formerly: str | None =
     """A study that searches lambda on a log scale and hidden_sizes by choice."""
     spec = {"name": name, "metric": "val_accuracy", "description": "Is less more?", "base": {"epochs": 4}}
     dimensions = {"lambda": "log", "hidden_sizes": "choice"}
-    more: dict[str, Any] = {"dimensions": dimensions, "optuna_study_id": 3, "formerly": formerly}
+    more: dict[str, Any] = {"dimensions": dimensions, "optuna_study_id": 3}
+    more |= {"formerly": formerly} if formerly else {}
     return outbox.study_begun(study or ident(name), spec, {"version": "0"}, T0, **more)
 
 
@@ -820,6 +821,24 @@ def test_homes_that_start_together_share_one_experiment(settings: Settings, serv
     assert [publisher.communicate(timeout=90)[0] for publisher in publishers] == [b"0\n"] * 3
     assert len(runs(server.uri, "shared")) == 3
     assert mlflow_client(server.uri).search_runs(["0"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_homes_that_start_together_with_one_name_share_nothing(settings: Settings, server: Server) -> None:
+    """Three publishers of three homes, three studies of one name: three experiments with a run each."""
+    homes = [replace(settings, home=settings.home / str(n), tracking_uri=server.uri) for n in range(3)]
+    for n, home in enumerate(homes):
+        put(home, begun("ours", ident(str(n))), *trial(n, study=ident(str(n))))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    publishers = [follower(home, gone.pid) for home in homes]
+    assert [publisher.communicate(timeout=90)[0] for publisher in publishers] == [b"0\n"] * 3
+    shown = {name: uids for name, uids in experiments(server.uri).items() if name.startswith("ours")}
+    assert sorted(uids for uids in shown.values()) == sorted([f"{ident(str(n))}/s0.i{n}.r0/1"] for n in range(3))
+    others = {f"ours ({ident(str(n))[:8]})" for n in range(3)}
+    assert "ours" in shown
+    assert shown.keys() - {"ours"} < others
 
 
 @pytest.mark.parametrize(
