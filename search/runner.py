@@ -368,7 +368,7 @@ class Runner:
         seconds /= 10 ** max(t.losses for t in trials)  # short enough to get through if workers die
         epochs = max(1, round(seconds * self.rate / sum(t.cost for t in trials)))
         most = min(epochs, *(self._most_epochs(t) for t in trials))
-        states, data = [t.state for t in trials], trials[0].data
+        states, data, now = [t.state for t in trials], trials[0].data, self.clock()
         if self.settings.executor == "local":
             future = self.executor.submit(advance_here, states, data, most)
         else:
@@ -376,8 +376,8 @@ class Runner:
             future = self.executor.submit(advance_elsewhere, states, dataset, data.digest, most)
         self.lonely = False
         if not self.slices:
-            self.slices.append((self.clock(), 0.0))  # from here on
-        self.flying[future] = Flight(trials, most, self.clock())
+            self.slices.append((now, 0.0))  # from here on
+        self.flying[future] = Flight(trials, most, now)
 
     def _most_epochs(self, trial: Trial) -> float:
         """How far a slice may go before its trial is compared with others."""

@@ -22,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 QUICK: dict[str, Any] = {
     "name": "quick",
-    "dataset": {"name": "digits", "train": 300, "validation": 100, "test": 100},
+    "dataset": {"name": "digits", "train": 300, "validation": 100, "test": 100, "split": "last"},
     "base": {"batch_size": 50, "epochs": 3, "momentum": 0.9},
     "space": {
         "lambda": {"low": 1e-6, "high": 1e-1, "log": True},

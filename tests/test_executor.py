@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 
 import numpy as np
 import pytest
 
-from search.errors import WorkersLost
+from search.errors import WorkersLost, brief, details, in_one_line
 from search.executor import LocalExecutor
+from tests.failing import ERRORS, fail
 
 
 @pytest.fixture
@@ -86,3 +87,65 @@ def test_an_end_at_once_waits_for_nobody() -> None:
         assert time.monotonic() - since < 20
         assert isinstance(future.exception(timeout=20), BrokenExecutor)
         assert not active_children()
+
+
+@pytest.mark.parametrize("eta", ERRORS)
+def test_what_work_raises_is_one_line_for_everybody(executor: LocalExecutor, eta: float) -> None:
+    """Type and message of whatever was raised, picklable or not; the worker's whole traceback is beside it."""
+    error = executor.submit(fail, eta).exception(timeout=20)
+    assert error is not None
+    assert in_one_line(error) == ERRORS[eta][1]
+    assert "Traceback (most recent call last)" in details(error)
+    assert "in fail" in details(error)
+
+
+@pytest.mark.parametrize(
+    ("stored", "line"),
+    [
+        (None, ""),
+        ("pruned by median", "pruned by median"),
+        (
+            "Traceback (most recent call last):\n  File \"x.py\", line 3, in f\nValueError: it is wrong\n"
+            "In the worker:\n  File \"y.py\", line 4, in g\n    raise ValueError(x)\n    ^^^^^^^^^^^^^^^^^^^\n",
+            "ValueError: it is wrong",
+        ),
+        ("a\x1b[31mb\0c", "a [31mb c"),
+    ],
+)  # fmt: skip
+def test_reasons_of_older_versions_are_read(stored: str | None, line: str) -> None:
+    """A traceback that was stored in place of a reason is shown by the line that tells what was raised."""
+    assert brief(stored) == line
+
+
+def test_only_its_own_workers_end_with_an_executor() -> None:
+    """Another process that the program has begun lives on, however the executor ends."""
+    other = get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        for cancel in (False, True):
+            executor = LocalExecutor(1)
+            own = executor.submit(os.getpid).result(timeout=20)
+            executor.shutdown(cancel_futures=cancel)
+            assert own not in {child.pid for child in active_children()}
+            assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside threads, from Python 3.12 on
+def test_a_process_that_was_forked_meanwhile_keeps_no_worker_alive() -> None:
+    """A fork of the program holds a copy of every pipe; an executor ends all the same."""
+    executor = LocalExecutor(1)
+    executor.submit(os.getpid).result(timeout=20)
+    fork = os.fork()
+    if not fork:
+        time.sleep(60)
+        os._exit(0)
+    ending = threading.Thread(target=executor.shutdown, daemon=True)
+    ending.start()
+    ending.join(10)
+    ended = not ending.is_alive()
+    os.kill(fork, 9)
+    os.waitpid(fork, 0)
+    assert ended

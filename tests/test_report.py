@@ -176,7 +176,7 @@ def test_the_page_says_what_was_asked_chosen_and_used(repeated: Material) -> Non
     assert "0.7000 ± 0.1414" in page.text
     assert page.column("trials", "val_accuracy") == ["0.8000", "0.6000", "0.2500", ""]
     assert page.column("trials", "slot") == ["s0.i0.r1", "s0.i0.r0", "s0.i1.r0", "s0.i1.r1"]
-    assert page.column("trials", "status")[::3] == ["chosen ", "stopped diverged at update 7"]
+    assert page.column("trials", "status")[::3] == ["chosen ", "diverged at update 7"]
     assert page.column("repeated", "test_accuracy") == ["0.5500 ± 0.0707"]
     assert (page.column("repeated", "eta"), page.column("repeated", "lambda")) == (["0.1"], ["0"])
     facts = dict(page.tables["facts"][1:])
@@ -198,7 +198,7 @@ def test_the_csv_holds_every_attempt(repeated: Material) -> None:
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert [float(row["value"]) for row in rows[:3]] == [0.6, 0.8, 0.25]
     assert [(row["slot"], row["lambda"], row["status"]) for row in rows[2:]] == [
-        ("s0.i1.r0", "0.1", "complete"), ("s0.i1.r1", "0.1", "stopped")
+        ("s0.i1.r0", "0.1", "complete"), ("s0.i1.r1", "0.1", "diverged")
     ]  # fmt: skip
     assert (rows[3]["value"], rows[3]["reason"], rows[0]["seconds"]) == ("", "diverged at update 7", "1.25")
     (link,) = [a["href"] for tag, a in Page(report.page(repeated)).tags if tag == "a"]
@@ -299,14 +299,14 @@ def test_a_study_that_was_run_is_reported_whole(settings: Settings, quick: Spec)
     rows = list(csv.DictReader(io.StringIO((folder / "trials.csv").read_text())))
     assert len(rows) == len(record.attempts())
     with Outbox(settings.outbox) as box:
-        (end,) = box.records("quick", "study_ended")
-        digest = json.loads(json.dumps(box.records("quick/s0.i0.r0/1", "trial_begun")[0].payload["tags"]))
+        (end,) = box.records(record.id, "study_ended")
+        digest = json.loads(json.dumps(box.records(f"{record.id}/s0.i0.r0/1", "trial_begun")[0].payload["tags"]))
     assert (end.blob or b"").startswith(b"<!DOCTYPE html>")
     assert f"sha256 {digest['dataset_digest']}" in page.text
     assert dict(page.tables["facts"][1:])["numpy"] == np.__version__
-    assert set(end.payload["repeated"]) == {f"quick/s3.i{i}.r{r}/1" for i in (0, 1) for r in (1, 2)}
+    assert set(end.payload["repeated"]) == {f"{record.id}/s3.i{i}.r{r}/1" for i in (0, 1) for r in (1, 2)}
     scores = [float(row["value"]) for row in rows if row["slot"].startswith("s3.i0.")]
-    assert end.payload["repeated"]["quick/s3.i0.r1/1"]["mean"] == pytest.approx(statistics.mean(scores))
+    assert end.payload["repeated"][f"{record.id}/s3.i0.r1/1"]["mean"] == pytest.approx(statistics.mean(scores))
 
 
 def test_a_report_that_fails_does_not_fail_the_study(settings: Settings, quick: Spec) -> None:

@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import math
 import os
@@ -5,10 +7,14 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +33,21 @@ from optuna.importance import (
 )
 
 from core.data import Dataset
-from core.train import Keep, TrainConfig, advance, start
-from search import checkpoint, plan, run, runner
+from core.train import Keep, State, TrainConfig, advance, start
+from search import checkpoint, doctor, outbox, plan, run, runner
 from search.datasets import open_dataset
 from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
+from search.executor import LocalExecutor, Slice
 from search.outbox import Outbox
 from search.outcome import export, open_study, standing
 from search.plan import Slot
+from search.report import gather, trials_csv
 from search.runner import MOST_COLUMNS, Runner, Status, Trial, groups
 from search.settings import Settings
-from search.storage import Attempt, locked
+from search.show import progress_line
+from search.storage import Attempt, locked, registered
 from search.study import StudySpec
+from tests import failing
 from tests.conftest import QUICK, stop_after_first_slice
 
 Spec = Callable[..., StudySpec]
@@ -301,9 +311,18 @@ def test_a_second_runner_is_refused(settings: Settings, quick: Spec) -> None:
 
 
 def test_divergence_is_a_result(settings: Settings, quick: Spec) -> None:
-    """A trial whose cost is not finite is recorded as pruned with its reason, and is never the choice."""
+    """A trial whose cost is not finite ends with that reason, is never chosen, and is called diverged everywhere."""
     spec = quick(search={"method": "list", "settings": [{"eta": 1e9}, {"eta": 0.1}]}, space={}, confirm=False)
-    outcome = launch(spec, settings, workers=1)
+    shown: list[Status] = []
+    outcome = launch(spec, settings, workers=1, show=shown.append)
+    assert (shown[-1].complete, shown[-1].pruned, shown[-1].diverged, shown[-1].failed) == (1, 0, 1, 0)
+    assert "1 diverged" in progress_line(shown[-1])
+    assert "pruned" not in progress_line(shown[-1])
+    (row,) = standing(settings)
+    assert (row["complete"], row["pruned"], row["diverged"], row["failed"]) == (1, 0, 1, 0)
+    assert (outcome.pruned, outcome.diverged, outcome.failed) == (0, 1, 0)
+    rows = csv.DictReader(io.StringIO(trials_csv(gather(open_study("quick", settings), settings))))
+    assert [r["status"] for r in rows] == ["diverged", "complete"]
     diverged, fine = attempts(settings)
     assert (diverged.state.name, fine.state.name) == ("PRUNED", "COMPLETE")
     assert "diverged: the loss was" in diverged.attrs["reason"]
@@ -499,7 +518,7 @@ def test_everything_shown_is_in_the_outbox(settings: Settings, quick: Spec) -> N
     launch(quick(search={"method": "random", "trials": 2}, confirm=False), settings, workers=1)
     with Outbox(settings.outbox) as box:
         for a in attempts(settings):
-            records = box.records(f"quick/{a.slot}/1")
+            records = box.records(open_study("quick", settings).uid(a.slot, 1))
             kinds = [record.kind for record in records]
             assert kinds.count("trial_begun") == kinds.count("trial_ended") == 1
             assert kinds.count("trial_weights") == 3
@@ -600,3 +619,263 @@ def test_packing_puts_each_trial_into_one_group_of_its_kind(sizes: list[int], ba
         assert len(group) == 1 or sum(t.columns for t in group) <= 2 * MOST_COLUMNS
     if len(set(batches[: len(sizes)])) == 1:
         assert len(packed) >= min(workers, len(trials))
+
+
+# ---- trials that fail
+
+
+def test_why_a_trial_failed_is_one_line_everywhere(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage, report, outcome and the journal say what was raised; the journal keeps the worker's traceback, too."""
+    monkeypatch.setattr(runner, "advance_here", failing.advance_or_fail)
+    points = [{"eta": eta} for eta in (0.1, *failing.ERRORS)]
+    spec = quick(search={"method": "list", "settings": points}, space={}, confirm=False)
+    outcome = launch(spec, settings, workers=2)
+    expected = {eta: line for eta, (_, line) in failing.ERRORS.items()}
+    found = {a.params["eta"]: a for a in attempts(settings)}
+    assert {eta: a.attrs.get("reason") for eta, a in found.items()} == {0.1: None} | expected
+    material = gather(open_study("quick", settings), settings)
+    rows = csv.DictReader(io.StringIO(trials_csv(material)))
+    assert {float(r["eta"]): r["reason"] for r in rows} == {0.1: ""} | expected
+    assert set(outcome.reasons) <= set(expected.values())
+    assert (outcome.failed, len(outcome.reasons)) == (len(expected), 3)
+    with Outbox(settings.outbox) as box:
+        ends = {r.uid: r.payload for r in box.pending(1000) if r.kind == "trial_ended"}
+    failed = [end for end in ends.values() if end["status"] == "FAILED"]
+    assert sorted(end["reason"] for end in failed) == sorted(expected.values())
+    assert all("in fail" in end["details"] for end in failed)
+
+
+def test_a_study_of_failures_says_what_they_were(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any result, the error names what was raised and holds no line of a traceback."""
+    monkeypatch.setattr(runner, "advance_here", failing.advance_or_fail)
+    spec = quick(search={"method": "list", "settings": [{"eta": 0.11}]}, space={}, confirm=False)
+    with pytest.raises(StudyFailed) as raised:
+        launch(spec, settings, workers=1)
+    assert str(raised.value) == "study 'quick': none of 1 trials has a result: ValueError: shapes do not fit"
+
+
+def ends(settings: Settings) -> dict[str, list[tuple[str, str | None]]]:
+    """Of each attempt in the journal, how it began and how it ended."""
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    with Outbox(settings.outbox) as box:
+        for r in box.pending(10_000):
+            if r.kind == "trial_begun":
+                found.setdefault(r.uid.partition("/")[2], []).append(("begun", None))
+            elif r.kind == "trial_ended":
+                found.setdefault(r.uid.partition("/")[2], []).append((r.payload["status"], r.payload["reason"]))
+    return found
+
+
+def out_of_memory(*_: Any) -> State:
+    raise MemoryError
+
+
+def test_a_running_trial_that_cannot_go_on_is_ended_in_both_places(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken up where there is no memory for it, it fails in storage and journal alike; no checkpoint stays."""
+    spec = quick(**slow())
+    with pytest.raises(Interrupted):
+        launch(spec, settings, workers=2, started=stop_after_first_slice)
+    running = {f"{a.slot}/{a.attempt}" for a in attempts(settings) if a.state.name == "RUNNING"}
+    assert running
+    monkeypatch.setattr(runner, "start", out_of_memory)
+    with pytest.raises(StudyFailed, match="cannot be trained: out of memory"):
+        launch(spec, settings, workers=2)
+    told = {f"{a.slot}/{a.attempt}": (a.state.name, a.attrs["reason"]) for a in attempts(settings)}
+    assert len(told) == 4
+    assert running <= told.keys()
+    assert {state for state, _ in told.values()} == {"FAIL"}
+    assert ends(settings) == {uid: [("begun", None), ("FAILED", reason)] for uid, (_, reason) in told.items()}
+    assert not list(settings.checkpoints.rglob("*.npz"))
+
+
+def test_what_the_journal_calls_failed_fails(settings: Settings, quick: Spec) -> None:
+    """A runner that was killed between its journal and the storage had said the end of a trial already."""
+    spec = quick(**slow())
+    with pytest.raises(Interrupted):
+        launch(spec, settings, workers=2, started=stop_after_first_slice)
+    first = next(a for a in attempts(settings) if a.state.name == "RUNNING")
+    with Outbox(settings.outbox) as box:
+        (uid,) = {r.uid for r in box.pending(1000) if r.uid.endswith(f"/{first.slot}/1")}
+        study = next(r.study for r in box.pending(1000))
+        box.put([outbox.trial_ended(study, uid, time.time(), "FAILED", "cancelled by the user", {})])
+    launch(spec, settings, workers=2)
+    (again,) = [a for a in attempts(settings) if a.slot == first.slot]
+    assert (again.state.name, again.attrs["reason"]) == ("FAIL", "cancelled by the user")
+    assert standing(settings)[0]["complete"] == 3
+
+
+# ---- workers
+
+
+def test_a_study_without_work_needs_no_worker(settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no worker left, what is finished ends at once; where work is left it is waited for, and that is said."""
+    spec = quick(search={"method": "random", "trials": 2}, confirm=False)
+    first = launch(spec, settings, workers=1)
+    monkeypatch.setattr(run, "open_executor", lambda *_: (LocalExecutor(0), lambda: 0))
+
+    def not_for_ever(runner: Runner) -> None:
+        timer = threading.Timer(3, runner.stop)
+        timer.daemon = True
+        timer.start()
+
+    said: list[str] = []
+    assert launch(spec, settings, started=not_for_ever, warn=said.append).chosen == first.chosen
+    assert said == []
+    more = quick(search={"method": "random", "trials": 3}, confirm=False)
+    with pytest.raises(Interrupted):
+        launch(more, settings, started=not_for_ever, warn=said.append)
+    assert said == ["no worker is at local now; waiting for one"]
+
+
+def test_processes_of_the_caller_live_on(settings: Settings, quick: Spec) -> None:
+    """Neither a launch, nor a dry run, nor doctor ends a process that the program has begun for itself."""
+    other = get_context("spawn").Process(target=time.sleep, args=(120,))
+    other.start()
+    try:
+        launch(quick(search={"method": "random", "trials": 2}, confirm=False), settings, workers=1)
+        run.dry_run(quick(), settings, workers=1)
+        doctor.examine(settings)
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
+
+
+# ---- the time that is left
+
+
+class Simulated(Executor):
+    """Trains at once, and says that it took as long as its work at a fixed speed on one worker."""
+
+    def __init__(self, per_epoch: float) -> None:
+        self.now, self.per_epoch = 1000.0, per_epoch
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        states, data, epochs = args
+        new, progress = advance(states, data, epochs)
+        took = self.per_epoch * sum((n.update - s.update) / s.per_epoch for n, s in zip(new, states, strict=True))
+        self.now += took
+        result: Slice = (new, progress, took)
+        future: Future[Any] = Future()
+        future.set_result(result)
+        return future
+
+
+def simulate(spec: StudySpec, settings: Settings, per_epoch: float) -> list[tuple[float, Status]]:
+    """A whole study by that clock: (seconds since its first slice, what it showed then)."""
+    engine, shown = Simulated(per_epoch), list[tuple[float, Status]]()
+    settings.home.mkdir(parents=True, exist_ok=True)
+    datasets = run.open_datasets(spec, settings, lambda note: None)
+    with registered(settings.storage, spec, {}) as record, Outbox(settings.outbox) as box:
+        one = Runner(spec, settings, record, box, datasets, engine, lambda: 1, clock=lambda: engine.now)
+        one.run(lambda status: shown.append((engine.now - 1000.0, status)))
+    return shown
+
+
+def test_the_time_left_is_right_from_the_first_slice_on(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen trials side by side in stages of 4 and 40 epochs: it falls steadily, and is near the truth all along."""
+    monkeypatch.setattr(runner, "FIRST_RATE", 1.0)  # slices of one epoch
+    monkeypatch.setattr(runner, "SLICE_SECONDS", 1e-9)
+    stages = [{"name": "short", "trials": 16, "base": {"epochs": 4}}, {"name": "long", "trials": 4}]
+    spec = quick(
+        base={"batch_size": 50, "epochs": 40, "hidden_sizes": []},
+        space={"eta": {"low": 1e-3, "high": 1e-1, "log": True}},
+        search={"method": "coarse-to-fine", "stages": stages},
+        confirm=False,
+    )
+    shown = simulate(spec, settings, per_epoch=3.0)
+    total = 3.0 * (16 * 4 + 4 * 40)
+    assert shown[-1][0] == pytest.approx(total)
+    told = [(when, s.seconds_left) for when, s in shown if s.seconds_left is not None]
+    assert told[0][0] == pytest.approx(3.0 * 16)  # the first slice
+    assert [left for _, left in told] == pytest.approx([total - when for when, _ in told], abs=1e-3)
+    assert shown[-1][1].trained == pytest.approx(1.0)
+    early = next(s for when, s in shown if s.trained > 0 and s.complete == 0)
+    assert early.trained == pytest.approx(16 / (16 * 4 + 4 * 40))
+    assert "0/20 done" in progress_line(early)
+    assert "7% trained" in progress_line(early)
+
+
+def test_trials_that_end_early_leave_no_time_behind(
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diverged, failed and patient trials count as done: at the end nothing is left, and nothing ever gets more."""
+    monkeypatch.setattr(runner, "FIRST_RATE", 1.0)
+    monkeypatch.setattr(runner, "SLICE_SECONDS", 1e-9)
+    points = [
+        {"eta": eta, "patience": patience, "batch_size": size}
+        for eta, patience, size in ((1e9, 99, 50), (1e-9, 1, 50), (0.1, 99, 5000), (0.1, 99, 50))
+    ]
+    spec = quick(
+        base={"epochs": 20, "hidden_sizes": [16]},
+        space={}, search={"method": "list", "settings": points}, confirm=False,
+    )  # fmt: skip
+    shown = simulate(spec, settings, per_epoch=2.0)
+    left = [s.seconds_left for _, s in shown if s.seconds_left is not None]
+    assert all(later <= before + 1e-6 for before, later in pairwise(left))
+    last = shown[-1][1]
+    assert (last.seconds_left, last.trained) == (0.0, 1.0)
+    assert (last.failed, last.diverged) == (1, 1)
+
+
+# ---- dry runs
+
+
+def test_a_dry_run_adds_up_its_stages(settings: Settings, quick: Spec) -> None:
+    """Each stage takes its trials times its own epochs, repeats and data; what is done meanwhile is said."""
+    stages = [{"name": "short", "trials": 4, "base": {"epochs": 2}}, {"name": "long", "trials": 6}]
+    spec = quick(
+        base={"batch_size": 50, "epochs": 30, "hidden_sizes": [20]},
+        space={"eta": {"low": 1e-3, "high": 1e-1, "log": True}},
+        search={"method": "coarse-to-fine", "stages": stages},
+        repeats=3,
+        confirm={"top": 2, "repeats": 2, "base": {"epochs": 60}, "dataset": {"train": 150}},
+    )
+    said: list[str] = []
+    planned = run.dry_run(spec, settings, workers=1, say=said.append)
+    work = {"short": 4 * 3 * 2 * 300, "long": 6 * 3 * 30 * 300, "confirm": 2 * 2 * 60 * 150}
+    seconds = {stage["name"]: stage["seconds"] for stage in planned["stages"]}
+    assert seconds.keys() == work.keys()
+    assert planned["seconds"] == pytest.approx(sum(seconds.values()))
+    assert {name: took / seconds["short"] for name, took in seconds.items()} == pytest.approx(
+        {name: amount / work["short"] for name, amount in work.items()}
+    )
+    assert [line for line in said if line.startswith("timing one slice of ")]
+
+
+def test_a_dry_run_times_little_of_much(settings: Settings, quick: Spec, tmp_path: Path) -> None:
+    """Of 500 costly trials on many examples, it trains for seconds only, and every step is said before it is taken."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "big.npz", x=rng.integers(0, 256, (20_000, 1500), np.uint8), y=np.arange(20_000) % 10)
+    data = {"name": "npz", "path": str(tmp_path / "big.npz"), "validation": 1000, "test": 1000}
+    spec = quick(
+        dataset=data, space={"eta": {"low": 1e-3, "high": 1e-1}}, base={"epochs": 40, "hidden_sizes": [400, 400]},
+        search={"method": "random", "trials": 500}, confirm=False,
+    )  # fmt: skip
+    said: list[tuple[float, str]] = []
+    began = time.process_time(), time.monotonic()
+    planned = run.dry_run(spec, settings, workers=1, say=lambda text: said.append((time.monotonic(), text)))
+    # 500 trials x 40 epochs x 18,000 examples x (4 * 1500 * 400 + 6 * (400 * 400 + 400 * 10)) operations
+    operations = 500 * 40 * 18_000 * (4 * 1500 * 400 + 6 * (400 * 400 + 400 * 10))
+    assert 1e9 < operations / planned["seconds"] < 1e12  # of a core
+    assert [text.partition(" ")[0] for _, text in said] == ["planning", "opening", "timing"]
+    assert time.monotonic() - began[1] < 60
+    assert not settings.home.exists()
+
+
+# ---- files
+
+
+def test_what_is_told_survives_a_power_cut(settings: Settings) -> None:
+    """Every connection to the embedded storage waits for the disk at each commit: SQLite's synchronous is FULL (2)."""
+    settings.home.mkdir(parents=True)
+    with open_storage(settings.storage).engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2

@@ -28,9 +28,10 @@ from search import plan
 from search.datasets import open_dataset
 from search.executor import DaskExecutor, Slice
 from search.outbox import Outbox
+from search.run import open_datasets
 from search.runner import Runner, Status
 from search.settings import Settings
-from search.storage import PATIENCE, open_storage, owned, register
+from search.storage import PATIENCE, registered
 from search.study import StudySpec, restore
 from tests.stack.conftest import Cluster, Postgres, execute, postgres_programs
 
@@ -143,9 +144,10 @@ def homes(postgres: Postgres | None) -> Iterator[Callable[[str], Settings]]:
 @contextmanager
 def running(spec: StudySpec, settings: Settings, executor: Executor, workers: int) -> Iterator[Runner]:
     settings.home.mkdir(parents=True, exist_ok=True)
-    with owned(settings.storage, spec.name) as still_owned, Outbox(settings.outbox) as box:
-        record = register(open_storage(settings.storage), spec, still_owned, PATIENCE)
-        yield Runner(spec, settings, record, box, executor, lambda: workers)
+    datasets = open_datasets(spec, settings, lambda note: None)
+    digests = {stage: data.digest for stage, data in datasets.items()}
+    with registered(settings.storage, spec, digests, PATIENCE) as record, Outbox(settings.outbox) as box:
+        yield Runner(spec, settings, record, box, datasets, executor, lambda: workers)
 
 
 # ---- a trial's cost

@@ -91,6 +91,26 @@ def test_a_file_size_limit_stops_a_study_and_tears_nothing(
     figures("file size limit", verdict(settings, "quick", calm(**SIX).results), 2, also="exit 1, one line")
 
 
+def test_what_was_exported_survives_a_full_disk(settings: Settings, tmp_path: Path) -> None:
+    """Where there is no room for the new file, the old one stays as it was, weights and report; one line says so."""
+    wide = {"base": {"epochs": 1, "hidden_sizes": [2000]}, "space": {"eta": {"low": 0.01, "high": 0.1}}}
+    finish(sieve(settings, "launch", study_file(tmp_path, **wide, **THREE), *QUIETLY))
+    weights, folder = tmp_path / "w.npz", tmp_path / "report"
+    commands = ["export", "quick", "--weights", str(weights)], ["report", "quick", "--out", str(folder)]
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-"]  # kilobytes; the weights are 600, the report is more
+    for words, file in zip(commands, (weights, folder / "report.html"), strict=True):
+        finish(sieve(settings, *words))
+        before = file.read_bytes()
+        assert len(before) > 250_000
+        command = sieve(settings, *words, before=limited)
+        said = finish(command)
+        assert command.returncode == 1, said
+        assert said.startswith(f"{file}: File too large"), said
+        assert len(said.splitlines()) == 1, said
+        assert file.read_bytes() == before
+        assert not list(file.parent.glob(".*"))
+
+
 @pytest.mark.long
 def test_a_full_disk_below_the_artifacts_is_tried_again(
     new_home: Callable[[str], Settings], tmp_path: Path, calm: Calms, figures: Figures

@@ -3,6 +3,7 @@
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from search import run
+from search.outbox import Outbox
 from search.settings import Settings
 from tests.faults.conftest import SIX
 from tests.oracle import results, trials, verdict
@@ -29,6 +32,7 @@ from tests.processes import (
     study_file,
     workers,
 )
+from tests.servers import until
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
@@ -109,6 +113,52 @@ def test_who_is_frozen_goes_on_when_thawed(
     send(settings)
     found_ = verdict(settings, "quick", calm(**SIX).results, settings.home / "mlflow.db")
     figures(f"{who} frozen for 4 s", found_, 1, recovery)
+
+
+def said_until(command: subprocess.Popen[str], word: str) -> float:
+    """When the command has printed a line that begins so."""
+    assert command.stdout is not None
+    while line := command.stdout.readline():
+        if line.startswith(word):
+            return time.monotonic()
+    raise AssertionError(f"it ended without {word!r}")
+
+
+def test_a_frozen_publisher_keeps_nobody_from_the_result(new_home: Home, tmp_path: Path) -> None:
+    """Stopped for good, it is waited for as long as is allowed, after the result was shown, and then killed."""
+    settings = new_home("home")
+    path = study_file(tmp_path, **SIX)
+    runner = sieve(settings, "launch", path, "--workers", "2", slices=AN_EPOCH, patience=2, PYTHONUNBUFFERED="1")
+    await_slices(settings, runner, 1)
+    (frozen,) = publisher(runner.pid)
+    frozen.suspend()
+    try:
+        shown = said_until(runner, "chosen:")
+        said = finish(runner, timeout=40)
+        assert 1 < time.monotonic() - shown < 2 + 5 + 15  # the last of these for a busy machine
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            frozen.kill()
+    assert runner.returncode == 0, said
+    assert "are not sent yet; `sieve sync` sends them" in said
+
+
+@pytest.mark.parametrize("handler", ["signal.SIG_IGN", "lambda *_: sys.exit(7)"])
+def test_a_publisher_that_does_not_listen_is_killed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, handler: str
+) -> None:
+    """One that ignores SIGTERM ends at the limit; one that heeds it ends by itself; neither is left behind."""
+    settings.home.mkdir(parents=True)
+    script = f"import signal, sys, time; signal.signal(signal.SIGTERM, {handler}); print(1, flush=True); time.sleep(60)"
+    log = settings.home / "publisher.log"
+    monkeypatch.setattr(run, "END_SECONDS", 1.0)
+    monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", script))
+    with Outbox(settings.outbox) as box, run.publishing(box, "quick", settings, lambda: False):
+        until(lambda: log.exists() and log.read_text() == "1\n")
+        begun, since = psutil.Process().children(), time.monotonic()
+    assert time.monotonic() - since < 10
+    assert begun
+    assert not [process for process in begun if process.is_running()]
 
 
 @pytest.mark.long

@@ -12,11 +12,13 @@ import psutil
 import pytest
 
 from search import run
+from search import runner as runner_
 from search.errors import DataError, SettingsError
 from search.outcome import open_study
 from search.runner import Runner
 from search.settings import Settings
 from search.study import StudySpec
+from tests import failing
 from tests.oracle import results, verdict
 from tests.stack.conftest import Cluster, free_port
 from tests.test_run import slow, values
@@ -161,3 +163,35 @@ def test_no_scheduler_is_said_at_once(home: Home, quick: Spec) -> None:
     settings = home("dask", SIEVE_EXECUTOR=f"dask://127.0.0.1:{free_port()}")
     with pytest.raises(SettingsError, match="no Dask scheduler answers"):
         launch(quick(), settings)
+
+
+def test_a_finished_study_needs_no_worker(home: Home, cluster: Cluster, quick: Spec) -> None:
+    """Launched again on a cluster that was scaled to nothing, it ends at once and shows what it came to."""
+    spec = quick(search={"method": "random", "trials": 2}, confirm=False)
+    settings = home("dask", SIEVE_EXECUTOR=cluster.address)
+    worker = cluster.add()
+    first = launch(spec, settings)
+    for process in [*cluster.processes(worker), psutil.Process(worker.pid)]:
+        process.kill()
+    said: list[str] = []
+
+    def not_for_ever(runner: Runner) -> None:
+        timer = threading.Timer(20, runner.stop)
+        timer.daemon = True
+        timer.start()
+
+    assert launch(spec, settings, started=not_for_ever, warn=said.append).chosen == first.chosen
+    assert said == []
+
+
+def test_why_a_trial_failed_elsewhere_is_one_line(
+    home: Home, cluster: Cluster, quick: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of a cluster says type and message of whatever was raised, as a local one does."""
+    monkeypatch.setattr(runner_, "advance_elsewhere", failing.advance_elsewhere_or_fail)
+    cluster.add(PYTHONPATH=str(Path(failing.__file__).parent.parent))
+    points = [{"eta": eta} for eta in (0.1, *failing.ERRORS)]
+    settings = home("dask", SIEVE_EXECUTOR=cluster.address)
+    launch(quick(search={"method": "list", "settings": points}, space={}, confirm=False), settings)
+    found = {a.params["eta"]: a.attrs.get("reason") for a in open_study("quick", settings).attempts()}
+    assert found == {0.1: None} | {eta: line for eta, (_, line) in failing.ERRORS.items()}
