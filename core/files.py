@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_BYTES = 16 * 2**30  # the arrays that are read from one npz, or this machine's memory if that is less
+HEAD = 1024  # bytes that tell what a file is
 MOST_RATIO = 1_032  # deflate makes nothing smaller than that
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -49,6 +51,8 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     *((bytes([0x80, protocol]), "a pickle, which is a program and is not run") for protocol in range(2, 6)),
 )
 
+_CONTROL = {*range(32)} - set(b"\t\n\r\f")  # bytes that no text has
+
 
 def regular(path: Path) -> os.stat_result:
     """The file's stat. ValueError if it is no ordinary file: a FIFO would wait for ever, a device may not end.
@@ -65,20 +69,20 @@ def regular(path: Path) -> os.stat_result:
 def describe(path: Path) -> str:
     """What an ordinary file is by its first bytes, in words for an error message."""
     with path.open("rb") as file:
-        head = file.read(1024)
+        head = file.read(HEAD)
     if not head:
         return "an empty file"
     if known := next((what for magic, what in _MAGIC if head.startswith(magic)), None):
         return known
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
+    if set(head) & _CONTROL:
+        return f"bytes of an unknown kind, which begin with {head[:8].hex(' ')}"
     try:
-        text = head.decode("utf-8-sig", errors="strict" if len(head) < 1024 else "ignore").strip()
+        text = head.decode("utf-8-sig", "strict" if len(head) < HEAD else "ignore").strip()
     except UnicodeDecodeError:
-        return f"bytes of an unknown kind, which begin with {head[:8].hex(' ')}"
-    if "\0" in text:
-        return f"bytes of an unknown kind, which begin with {head[:8].hex(' ')}"
-    if text.lower().startswith(("<!doctype html", "<html", "<head", "<body")):
+        text = head.decode("latin-1").strip()
+    if re.match(r"<(!doctype html|html|head|body|[?!].*<html)", text, re.IGNORECASE | re.DOTALL):
         return "a web page (HTML): was it downloaded from behind a login?"
     if text.startswith("<"):
         return "XML"

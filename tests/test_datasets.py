@@ -474,6 +474,8 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "text": (b"to be done\n", "text, which begins with 'to be done'"),
     "json": (b'{"x": [1, 2], "y": [0]}', "text"),
     "html": (b"\n" + PAGE, "a web page"),
+    "xhtml": (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0">\n' + PAGE, "a web page"),
+    "csv in latin-1": ("Länge,Breite\n5.1,3.5\n".encode("latin-1"), "CSV"),
     "lfs": (LFS, "Git LFS pointer.*git lfs pull"),
     "npy": (npy(np.zeros((3, 2))), "one array"),
     "other zip": (other_zip(), "zip archive of other files .word/document.xml"),
@@ -483,7 +485,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "gzip": (gzip.compress(b"1,2,0"), "gzip"),
     "pickle": (pickle.dumps({"x": [[1.0]], "y": [0]}), "a pickle"),
     "old pickle": (pickle.dumps([1.0], 2), "a pickle"),
-    "bytes": (bytes(range(255, 200, -1)), "bytes of an unknown kind, which begin with ff fe fd"),
+    "bytes": (bytes(range(255, -1, -1)), "bytes of an unknown kind, which begin with ff fe fd"),
     "objects": (npz_of(x=np.array([[1], [1, 2]], object), y=np.arange(2)), "expected numbers, got Python objects"),
     "no array": (npz_of(x=b"hello", y=np.arange(2)), "x.npy: expected an array as np.savez writes it"),
     "a header of code": (
