@@ -241,24 +241,29 @@ def softmax_loss(logits: Array, y: Array) -> tuple[Array, Array, Array]:
     Returns (loss [K, B], correct [K, B] bool, gradient [K, B, C] of the summed loss by the logits):
     loss = log(sum(exp(logits))) - logits[y],    correct = argmax(logits) == y, of equals the first,
     gradient = softmax(logits) - onehot(y)
-    The logits may be overwritten.
     """
     k, b, c = logits.shape
-    z = np.ascontiguousarray(logits.reshape(k * b, c).T)  # [C, K * B]: class by class, so that sums vectorise
-    flat, right = z.reshape(-1), (y * (k * b) + np.arange(k * b).reshape(k, b)).reshape(-1)
-    highest = np.maximum.reduce(z, axis=0)
-    z -= highest
+    z = np.array(logits.reshape(k * b, c).T, order="C")  # [C, K * B]: class by class, so that sums vectorise
+    flat, right = z.reshape(-1), (y * (k * b) + _numbered(k, b)).reshape(-1)
+    z -= np.maximum.reduce(z, axis=0)
     chosen = flat[right]
     correct = (chosen == 0).reshape(k, b)
-    if np.count_nonzero(z == 0) != np.count_nonzero(np.isfinite(highest)):  # ties, too rare to be looked for row by row
-        correct = z.argmax(axis=0).reshape(k, b) == y
+    highest = np.count_nonzero(z == 0)
     np.exp(z, out=z)
     total = np.add.reduce(z, axis=0)
+    if highest != np.count_nonzero(total >= 1):  # ties: too rare to look for the first of the highest in every row
+        correct = logits.argmax(axis=2) == y
     loss = np.log(total) - chosen
     z /= total
     flat[right] -= 1
     gradient = np.ascontiguousarray(z.T).reshape(k, b, c)
     return loss.reshape(k, b), correct, gradient
+
+
+@lru_cache(maxsize=8)
+def _numbered(k: int, b: int) -> Array:
+    """0 to k * b - 1 as [k, b]."""
+    return np.arange(k * b).reshape(k, b)
 
 
 def backward(population: Population, activity: Activity, gradient: Array) -> tuple[Array, list[list[Array]]]:

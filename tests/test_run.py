@@ -38,6 +38,7 @@ from search import checkpoint, doctor, outbox, plan, run, runner
 from search.datasets import open_dataset
 from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
 from search.executor import LocalExecutor, Slice
+from search.objective import objective
 from search.outbox import Outbox
 from search.outcome import export, open_study, standing
 from search.plan import Slot
@@ -45,7 +46,7 @@ from search.report import gather, trials_csv
 from search.runner import MOST_COLUMNS, Runner, Status, Trial, groups
 from search.settings import Settings
 from search.show import progress_line
-from search.storage import Attempt, locked, registered
+from search.storage import Attempt, locked, open_storage, registered
 from search.study import StudySpec
 from tests import failing
 from tests.conftest import QUICK, stop_after_first_slice
@@ -468,6 +469,19 @@ def test_weights_and_figures_are_those_of_the_evaluation_that_is_reported(
         assert best.attrs["best_epoch"] == 1 + series.index(max(series) if "accuracy" in metric else min(series)) < 10
     else:
         assert "best_epoch" not in best.attrs
+
+
+def test_an_objective_reports_the_test_figures_of_its_value(quick: Spec, settings: Settings) -> None:
+    """With plain Optuna too, the test figures beside a best value are those of a training that ends there."""
+    spec, at = quick(**RISING, metric="best_val_loss"), {"eta": 0.3, "lambda": 0.0}
+    data, trial = open_dataset(spec.dataset, settings)[0], optuna.trial.FixedTrial(at)
+    value = objective(spec, data)(trial)
+    _, (whole,) = advance([start(spec.config(at), data, (0, 0), (0, 0))], data, 10)
+    losses = [e.metrics["loss/val"] for e in whole.evaluations]
+    assert value == min(losses) < losses[-1]
+    config = spec.config(at, epochs=1 + losses.index(value))
+    _, (short,) = advance([start(config, data, (0, 0), (0, 0))], data, 10)
+    assert {kind: trial.user_attrs[f"test_{kind}"] for kind in ("loss", "accuracy")} == short.test != whole.test
 
 
 def test_the_best_weights_survive_stops(settings: Settings, quick: Spec, tmp_path: Path) -> None:
