@@ -634,7 +634,8 @@ class _Publisher:
                 ]
                 tags |= self._end(study, ended[0], folder, named)
             if begun or picture is not None or ended:
-                tags[NOTE] = self._note(study, uid, run_id, picture, tags.get("reason"))
+                shown = picture or _last_picture(named)
+                tags[NOTE] = self._note(study, uid, run_id, shown, tags.get("reason"))
             new = self._lacking(run_id, metrics) if again else metrics
             self.client.log_batch(run_id, new, params, [RunTag(k, v) for k, v in tags.items()])
             failpoint("logged")
@@ -865,6 +866,12 @@ def _save_images(
         _file(folder / f"{paths[-1]}.png").write_bytes(data)
         (folder / f"{paths[-1]}+compressed.webp").write_bytes(thumbnail)
     return [f"{path}.png" for path in paths]
+
+
+def _last_picture(named: Mapping[str, str]) -> str | None:
+    """The newest picture of the first layer among those that a run has."""
+    steps = [int(shows.rpartition("+")[2]) for shows in named if shows.startswith("images/W1+step+")]
+    return f"{named[f'images/W1+step+{max(steps)}']}.png" if steps else None
 
 
 def _file(path: Path) -> Path:

@@ -719,6 +719,22 @@ def test_a_journal_that_was_lost_is_put_again_and_shows_nothing_twice(home: Sett
         tracking.redo(home)
 
 
+def test_an_end_that_is_put_again_without_its_pictures_takes_none_away(home: Settings) -> None:
+    """Of a lost journal's trials the storage has no weights: the run keeps its files, and its picture in the note."""
+    put(home, begun(), *trial(0))
+    assert tracking.publish(home) == 0
+    (before,) = runs(home.tracking_uri)
+    names = files(home.tracking_uri, before.info.run_id)
+    shutil.rmtree(home.outbox.parent)
+    start, *_, end = trial(0, confusion=None, weights=None)
+    put(home, begun(), *(outbox.recovered(later(record)) for record in (start, end)))
+    assert tracking.publish(home) == 0
+    (after,) = runs(home.tracking_uri)
+    assert files(home.tracking_uri, after.info.run_id) == names
+    notes = [run.data.tags["mlflow.note.content"] for run in (before, after)]
+    assert [note.startswith("![first layer](/get-artifact?path=images%2FW1%2Bstep%2B4") for note in notes] == [True] * 2
+
+
 def test_our_own_mistake_is_called_so_and_holds_up_nobody(home: Settings) -> None:
     """A record that cannot be drawn is kept, counted and named as a fault of Sieve; all others arrive."""
     start, drawn, *rest = trial(0)
