@@ -579,6 +579,7 @@ class Runner:
 
     def _cut(self, trial: Trial, why: str) -> None:
         """Settle a trial that others have left behind. Its checkpoint says so first: this may be cut short as well."""
+        self.record.still_ours()
         trial.state.finished = True
         trial.state.diverged = f"{why} after {len(trial.progress.evaluations)} evaluations"
         checkpoint.save(self._checkpoint(trial), trial.state, trial.progress, self._whose(trial))
@@ -643,6 +644,7 @@ class Runner:
 
     def _fail(self, trial: Trial, reason: str, details: str | None = None) -> None:
         """Settle a trial that could not be trained; `sieve retry` makes another attempt at its slot."""
+        self.record.still_ours()
         ended = outbox.trial_ended(
             self.record.id,
             self.record.uid(trial.slot, trial.attempt),
