@@ -332,6 +332,8 @@ class Outbox:
         they belong to the home that was copied, and all of it is to be sent again, to runs that are yet to be made.
         """
         with self._transaction():
+            if not self._db.execute("SELECT 1 FROM records WHERE study = ?", (old,)).fetchone():
+                return  # done before
             self._rename(old, new)
             for begun in self.records(new, "study_begun"):
                 payload = begun.payload | {"formerly": [*formerly(begun.payload), old] if keep_links else []}

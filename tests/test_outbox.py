@@ -96,6 +96,9 @@ def test_a_copied_study_goes_its_own_way(box: Outbox, keep: bool) -> None:
     assert [record.kind for record in box.pending()] == (
         ["study_begun"] if keep else ["study_begun", "trial_progress", "study_ended"]
     )
+    box.mark_sent([record.id for record in box.pending()])
+    box.fork("s", "1d", keep_links=keep)
+    assert box.unsent() == 0
 
 
 def test_a_home_that_is_moved_stays_itself_and_a_copy_does_not(tmp_path: Path) -> None:
