@@ -809,15 +809,14 @@ class Runner:
         params = {slot: a.params for slot, a in self.settled.items()} | self.failed
         params |= {trial.slot: trial.params for trial in running} | {p.slot: p.params for p in self.todo}
         for slot in params.keys() - self.lengths.keys():
-            if length := self._length(params[slot], slot.stage):
-                self.lengths[slot] = length
-        done = sum(self.lengths.get(slot, 0.0) for slot in ended)
+            self.lengths[slot] = self._length(params[slot], slot.stage)
+        done = sum(self.lengths[slot] for slot in ended)
         for trial in running:
             share = 1.0 if trial.state.finished else trial.state.update / trial.state.total
-            done += share * self.lengths.get(trial.slot, 0.0)
+            done += share * self.lengths[trial.slot]
         planned, lengths = 0.0, dict[int, list[float]]()
         for slot in params:
-            lengths.setdefault(slot.stage, []).append(self.lengths.get(slot, 0.0))
+            lengths.setdefault(slot.stage, []).append(self.lengths[slot])
         for number, stage in enumerate(self.stage_plan):
             known = lengths.get(number, [])
             expected = known or [self._length(p, number) for p in list(params.values())[:FILLED]] or [0.0]
@@ -825,7 +824,7 @@ class Runner:
         return done, planned
 
     def _length(self, params: Params, number: int) -> float:
-        """Epochs of a trial with these parameters in the stage of this number; 0 if that is not known."""
+        """Epochs of a trial with these parameters in the stage of this number; 0 if it cannot be trained."""
         stage = self.stage_plan[number]
         try:
             config = self.spec.config(params, **stage.overrides)
@@ -833,9 +832,7 @@ class Runner:
             return 0.0
         if config.updates is None:
             return float(config.epochs or 0)
-        own = self.datasets.get(self.spec.dataset_of(stage.name).model_dump_json())
-        data = own or next(iter(self.datasets.values()), None)
-        return config.updates / math.ceil(len(data.train) / config.batch_size) if data else 0.0
+        return config.updates / math.ceil(len(self.datasets[stage.name].train) / config.batch_size)
 
     def write_notes(self, every: float = 0.0) -> None:
         """Give each trial that has an MLflow run by now its note in the dashboard; at most every so many seconds."""

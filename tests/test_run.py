@@ -792,15 +792,16 @@ def simulate(spec: StudySpec, settings: Settings, per_epoch: float) -> list[tupl
     return shown
 
 
+@pytest.mark.parametrize("length", [{"epochs": 40}, {"updates": 240}], ids=["epochs", "updates"])
 def test_the_time_left_is_right_from_the_first_slice_on(
-    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch, length: dict[str, int]
 ) -> None:
-    """Sixteen trials side by side in stages of 4 and 40 epochs: it falls steadily, and is near the truth all along."""
+    """Sixteen trials side by side in stages of 4 and 40 epochs: it falls steadily, and is the truth all along."""
     monkeypatch.setattr(runner, "FIRST_RATE", 1.0)  # slices of one epoch
     monkeypatch.setattr(runner, "SLICE_SECONDS", 1e-9)
     stages = [{"name": "short", "trials": 16, "base": {"epochs": 4}}, {"name": "long", "trials": 4}]
     spec = quick(
-        base={"batch_size": 50, "epochs": 40, "hidden_sizes": []},
+        base={"batch_size": 50, "hidden_sizes": []} | length,
         space={"eta": {"low": 1e-3, "high": 1e-1, "log": True}},
         search={"method": "coarse-to-fine", "stages": stages},
         confirm=False,

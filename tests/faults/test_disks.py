@@ -104,10 +104,10 @@ def test_what_was_exported_survives_a_full_disk(settings: Settings, tmp_path: Pa
         assert len(before) > 250_000
         command = sieve(settings, *words, before=limited)
         said = finish(command)
+        assert file.read_bytes() == before
         assert command.returncode == 1, said
         assert said.startswith(f"{file}: File too large"), said
         assert len(said.splitlines()) == 1, said
-        assert file.read_bytes() == before
         assert not list(file.parent.glob(".*"))
 
 
