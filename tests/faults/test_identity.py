@@ -413,6 +413,23 @@ def test_a_home_of_the_version_before_can_be_looked_at(tmp_path: Path) -> None:
     assert results(settings, "digits").items() <= undisturbed.items()
 
 
+def test_the_data_of_the_version_before_is_asked_for(tmp_path: Path) -> None:
+    """That version kept digests in the journal alone: what they do not agree with is not trained on, nor exported."""
+    settings, _ = old_home(tmp_path)
+    other = "UPDATE records SET payload = json_set(payload, '$.tags.dataset_digest', ?) WHERE kind = 'trial_begun'"
+    with closing(sqlite3.connect(settings.outbox)) as db, db:
+        db.execute(other, ["f00d" + 60 * "5"])
+    file = settings.home / "digits.yaml"
+    commands = [("launch", file, "--set", "dataset.split=last", "--no-publish"), ("retry", "digits")]
+    commands += [("launch", file, "--set", "dataset.split=last", "--detach")]
+    commands += [("export", "digits", "--weights", tmp_path / "weights.npz")]
+    for command in commands:
+        said = run(settings, *command, code=2).splitlines()[-1]
+        assert "f00d5555" in said
+        assert "d95ca726" in said
+    assert len(trials(settings, "digits")) == 6
+
+
 # ---- data
 
 
