@@ -273,6 +273,11 @@ class Outbox:
             )
         )
 
+    def digests(self, study: str) -> dict[str, str]:
+        """Stage -> digest of the data that its trials were begun with."""
+        begun = self._select("study = ? AND kind = 'trial_begun' ORDER BY id", study)
+        return {record.payload["tags"]["stage"]: record.payload["tags"]["dataset_digest"] for record in begun}
+
     def complaints(self, study: str | None = None) -> list[str]:
         """A line for each record that was set aside, naming its study: for whoever shows them to a person."""
         names = self.names()

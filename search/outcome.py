@@ -342,10 +342,11 @@ def export(study: str, path: Path, settings: Settings) -> str:
     attempt = next(a for a in outcome.table if a.slot in slots)
     with Outbox(settings.outbox) as box:
         ended = box.records(record.uid(attempt.slot, attempt.attempt), "trial_ended")
+        digests = record.attr("datasets") or box.digests(record.id)  # an older version kept them there alone
     if not ended or ended[0].blob is None:
         raise SieveError(f"study '{study}': this machine has no weights of trial {attempt.slot}; export where it ran")
     stage = attempt.attrs["stage"]
-    dataset, digest = spec.dataset_of(stage), (record.attr("datasets") or {}).get(stage)
+    dataset, digest = spec.dataset_of(stage), digests.get(stage)
     arrays = outbox.unpack(ended[0].blob)
     if "mean" not in arrays:  # an older version kept them with the data alone
         data, _ = open_dataset(dataset, settings)

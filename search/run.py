@@ -88,7 +88,8 @@ def launch(
     spec = resolved(spec, settings)
     datasets = open_datasets(spec, settings, warn)
     digests = {stage: data.digest for stage, data in datasets.items()}
-    with registered(settings.storage, spec, digests, PATIENCE) as record, Outbox(settings.outbox) as box:
+    before = begun_with(spec.name, settings)
+    with registered(settings.storage, spec, digests, PATIENCE, before) as record, Outbox(settings.outbox) as box:
         record.warn = warn
         keep_home(box, settings)
         identify(record, box, settings)
@@ -137,6 +138,17 @@ def open_datasets(spec: StudySpec, settings: Settings, warn: Callable[[str], Non
     for note in dict.fromkeys(note for _, notes in opened.values() for note in notes):
         warn(f"warning: {note}")
     return {stage.name: opened[spec.dataset_of(stage.name).model_dump_json()][0] for stage in plan.stages(spec)}
+
+
+def begun_with(name: str, settings: Settings) -> dict[str, str]:
+    """Stage -> digest of the data that an older version began a study of this name with, as this home's journal says.
+
+    It kept no digests in the storage, and the journal by names.
+    """
+    if not settings.outbox.exists():
+        return {}
+    with Outbox(settings.outbox) as box:
+        return box.digests(name)
 
 
 def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:

@@ -52,7 +52,7 @@ def enqueue(spec: StudySpec, settings: Settings) -> str:
     spec = run.resolved(spec, settings)
     datasets = run.open_datasets(spec, settings, lambda note: None)
     digests = {stage: data.digest for stage, data in datasets.items()}
-    with registered(settings.storage, spec, digests) as record:
+    with registered(settings.storage, spec, digests, before=run.begun_with(spec.name, settings)) as record:
         record.set_attr("state", "queued")
     return f"study '{spec.name}' waits for `sieve serve`; `sieve status {spec.name} --follow` shows it"
 

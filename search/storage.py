@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import filelock
@@ -223,10 +224,15 @@ def owned(record: "StudyRecord") -> Iterator["StudyRecord"]:
 
 @contextmanager
 def registered(
-    url: str, spec: StudySpec, datasets: Mapping[str, str], patience: float = 0.0
+    url: str,
+    spec: StudySpec,
+    datasets: Mapping[str, str],
+    patience: float = 0.0,
+    before: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator["StudyRecord"]:
     """Register a study, or find it, and be its one writer; `datasets` has the digest of each stage's data.
 
+    before: the digests that an older version, which wrote none into the storage, is known to have begun it with.
     Raises StudyConflict, DataError, StudyBusy, StorageLost.
     """
     with ExitStack() as held:
@@ -234,7 +240,7 @@ def registered(
             storage = open_storage(url)
             register(storage, spec, datasets)
             record = held.enter_context(owned(StudyRecord(storage, spec.name, patience)))
-            record.resume(spec, datasets)
+            record.resume(spec, datasets, before)
         yield record
 
 
@@ -625,7 +631,7 @@ class StudyRecord:
                 raise
 
     @_durable
-    def resume(self, spec: StudySpec, datasets: Mapping[str, str]) -> None:
+    def resume(self, spec: StudySpec, datasets: Mapping[str, str], before: Mapping[str, str]) -> None:
         """Go on with the study by this spec, whose words, limits and paths may be others; or with more points.
 
         Raises StudyConflict if it has other trials, DataError if it has other data. A study without any trial gives
@@ -642,8 +648,8 @@ class StudyRecord:
                     if not extends(spec, stored):
                         raise StudyConflict(spec.name, difference(stored, spec))
                     self._widen(connection, spec)
-                known = _stored(connection, self.study_id, "datasets")  # an older version kept none
-                for stage, digest in (known or datasets).items():
+                known = _stored(connection, self.study_id, "datasets") or before
+                for stage, digest in known.items():
                     if datasets[stage] != digest:
                         raise _other_data(stored, spec, stage, digest, datasets[stage])
                 _store(connection, self.study_id, {"datasets": dict(datasets)})

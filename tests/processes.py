@@ -83,8 +83,9 @@ def run(settings: Settings, *words: str | Path, code: int = 0, **given: Any) -> 
 
 def refused(settings: Settings, *words: str | Path, code: int = 2, **given: Any) -> str:
     """The one line with which the command refuses what it was asked."""
-    (line,) = run(settings, *words, code=code, **given).splitlines()
-    return line
+    said = run(settings, *words, code=code, **given)
+    assert len(said.splitlines()) == 1, said
+    return said
 
 
 def send(settings: Settings, *words: str) -> None:
