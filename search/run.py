@@ -88,11 +88,11 @@ def launch(
     spec = resolved(spec, settings)
     datasets = open_datasets(spec, settings, warn)
     digests = {stage: data.digest for stage, data in datasets.items()}
-    before = begun_with(spec.name, settings)
-    with registered(settings.storage, spec, digests, PATIENCE, before) as record, Outbox(settings.outbox) as box:
+    with (
+        Outbox(settings.outbox) as box,
+        registered(settings.storage, spec, digests, PATIENCE, lambda found: identify(found, box, settings)) as record,
+    ):
         record.warn = warn
-        keep_home(box, settings)
-        identify(record, box, settings)
         recover(record, box, settings, time.time)
         runner: Runner | None = None
         with (
@@ -140,17 +140,6 @@ def open_datasets(spec: StudySpec, settings: Settings, warn: Callable[[str], Non
     return {stage.name: opened[spec.dataset_of(stage.name).model_dump_json()][0] for stage in plan.stages(spec)}
 
 
-def begun_with(name: str, settings: Settings) -> dict[str, str]:
-    """Stage -> digest of the data that an older version began a study of this name with, as this home's journal says.
-
-    It kept no digests in the storage, and the journal by names.
-    """
-    if not settings.outbox.exists():
-        return {}
-    with Outbox(settings.outbox) as box:
-        return box.digests(name)
-
-
 def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:
     """Put into this home's journal what it lacks of the studies that nobody runs now; `sieve sync` does so."""
     if is_empty(settings.storage):
@@ -177,11 +166,13 @@ def keep_home(box: Outbox, settings: Settings) -> None:
         write_whole(path, box.home.encode())
 
 
-def identify(record: StudyRecord, box: Outbox, settings: Settings) -> None:
+def identify(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, str]:
     """Give what this home holds of a study the study's id, where an older version or the home's original gave another.
 
     A study that lies in the home itself and was copied with it is another one from now on: both may be trained.
+    Gives the digest of each stage's data, of a study of an older version, which kept them in the journal alone.
     """
+    keep_home(box, settings)
     inside = settings.storage.startswith("sqlite:///") and sqlite_path(settings.storage).is_relative_to(settings.home)
     if inside and box.was(record.attr("home") or ""):
         embedded = not settings.tracking_uri.startswith("http")
@@ -190,8 +181,10 @@ def identify(record: StudyRecord, box: Outbox, settings: Settings) -> None:
         record.become(own, box.home)
     if record.attr("formerly") and (before := settings.checkpoints / record.name).exists():
         before.rename(settings.checkpoints / record.id)
-    if record.attr("formerly"):
-        box.rename(record.name, record.id)
+    if not record.attr("formerly"):
+        return {}
+    box.rename(record.name, record.id)
+    return box.digests(record.id)
 
 
 def _page(

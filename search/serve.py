@@ -52,7 +52,11 @@ def enqueue(spec: StudySpec, settings: Settings) -> str:
     spec = run.resolved(spec, settings)
     datasets = run.open_datasets(spec, settings, lambda note: None)
     digests = {stage: data.digest for stage, data in datasets.items()}
-    with registered(settings.storage, spec, digests, before=run.begun_with(spec.name, settings)) as record:
+    settings.make_home()
+    with (
+        Outbox(settings.outbox) as box,
+        registered(settings.storage, spec, digests, meet=lambda found: run.identify(found, box, settings)) as record,
+    ):
         record.set_attr("state", "queued")
     return f"study '{spec.name}' waits for `sieve serve`; `sieve status {spec.name} --follow` shows it"
 

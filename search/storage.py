@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import filelock
@@ -228,11 +227,12 @@ def registered(
     spec: StudySpec,
     datasets: Mapping[str, str],
     patience: float = 0.0,
-    before: Mapping[str, str] = MappingProxyType({}),
+    meet: Callable[["StudyRecord"], Mapping[str, str]] = lambda record: {},
 ) -> Iterator["StudyRecord"]:
     """Register a study, or find it, and be its one writer; `datasets` has the digest of each stage's data.
 
-    before: the digests that an older version, which wrote none into the storage, is known to have begun it with.
+    meet: called with the record before it is looked at whether the study can go on; gives the digests that an older
+    version, which wrote none into the storage, is known to have begun it with.
     Raises StudyConflict, DataError, StudyBusy, StorageLost.
     """
     with ExitStack() as held:
@@ -240,7 +240,7 @@ def registered(
             storage = open_storage(url)
             register(storage, spec, datasets)
             record = held.enter_context(owned(StudyRecord(storage, spec.name, patience)))
-            record.resume(spec, datasets, before)
+            record.resume(spec, datasets, meet(record))
         yield record
 
 

@@ -20,7 +20,7 @@ from tests.servers import until
 from tests.stack.conftest import execute
 from tests.stack.test_storage_faults import CUT, SIX, database
 
-pytestmark = [pytest.mark.stack, pytest.mark.fault, pytest.mark.slow]
+pytestmark = [pytest.mark.stack, pytest.mark.fault, pytest.mark.slow, pytest.mark.long]
 
 Home = Callable[..., Settings]
 
