@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from search import __version__, checkpoint, outbox
 from search.outbox import Outbox, Record
 from search.settings import Settings
-from search.storage import Attempt, StudyRecord
+from search.storage import LEFT, Attempt, StudyRecord
 from search.study import METRICS
 
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
@@ -98,4 +98,5 @@ def _ended(record: StudyRecord, attempt: Attempt, when: float) -> Record:
     }
     reason = attempt.attrs.get("reason")
     uid = record.uid(attempt.slot, attempt.attempt)
-    return outbox.trial_ended(record.id, uid, when, STATUS[attempt.state], reason, results)
+    status = "KILLED" if LEFT in attempt.attrs else STATUS[attempt.state]
+    return outbox.trial_ended(record.id, uid, when, status, reason, results)

@@ -157,13 +157,13 @@ def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:
 
 
 def keep_home(box: Outbox, settings: Settings) -> None:
-    """This home stays the same one when its journal is lost: its id is written beside it too."""
+    """This home stays the same one when its journal is lost: its id, and where it lies, are written beside it too."""
     path = settings.home / "home.id"
-    known = path.read_text().strip() if path.exists() else ""
-    if known and not box.counts():
+    known, _, place = (path.read_text() if path.exists() else "").partition("\n")
+    if known and place == str(settings.home) and not box.counts():
         box.adopt(known)
-    elif known != box.home:
-        write_whole(path, box.home.encode())
+    elif (known, place) != (box.home, str(settings.home)):
+        write_whole(path, f"{box.home}\n{settings.home}".encode())
 
 
 def identify(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, str]:

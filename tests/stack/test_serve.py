@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from search import run, serve
-from search.errors import StudyConflict
 from search.outcome import open_study, standing
 from search.settings import Settings
 from search.study import StudySpec
@@ -123,8 +123,11 @@ def test_a_service_that_ends_leaves_its_study_to_the_next(home: Home, quick: Spe
 def test_a_study_that_cannot_run_does_not_hold_up_the_others(home: Home, quick: Spec, tmp_path: Path) -> None:
     """A study without data is marked as failed with the reason, and the next one is run."""
     settings = home()
-    dataset = {"name": "npz", "path": "/nowhere/own.npz", "validation": 10}
-    serve.enqueue(quick(**small("bad", dataset=dataset)), settings)
+    own = tmp_path / "own.npz"
+    np.savez(own, x=np.random.default_rng(0).random((60, 4)), y=np.arange(60) % 3)
+    dataset = {"name": "npz", "path": str(own), "validation": 30}
+    serve.enqueue(quick(**small("bad", dataset=dataset, base={"epochs": 1, "batch_size": 10})), settings)
+    own.unlink()
     serve.enqueue(quick(**small("good")), settings)
     process = service(settings, tmp_path / "log")
     try:
@@ -132,14 +135,14 @@ def test_a_study_that_cannot_run_does_not_hold_up_the_others(home: Home, quick: 
     finally:
         process.terminate()
         process.wait(15)
-    assert "/nowhere/own.npz: no such file" in open_study("bad", settings).attrs["problem"]
+    assert f"{own}: no such file" in open_study("bad", settings).attrs["problem"]
 
 
 def test_a_study_is_registered_once(home: Home, quick: Spec) -> None:
-    """Registering the same study again is fine, another one under its name is a conflict."""
+    """Registering the same study again is fine; another one under its name takes its place while it has no trial."""
     settings = home()
     serve.enqueue(quick(**small("a")), settings)
     serve.enqueue(quick(**small("a")), settings)
-    with pytest.raises(StudyConflict):
-        serve.enqueue(quick(**small("a", seed=9)), settings)
+    serve.enqueue(quick(**small("a", seed=9)), settings)
     assert len(standing(settings)) == 1
+    assert open_study("a", settings).spec.seed == 9
