@@ -397,8 +397,7 @@ class StudyRecord:
         self.storage, self.name, self.patience = storage, name, patience
         self.url = storage.url
         self.still_locked: Callable[[], None] = lambda: None
-        self.fence: int | None = None  # of an owner
-        self.launch = ""  # what requests name
+        self.launch = ""  # of an owner: what the storage must hold as long as it is one, and what requests name
         self.warn: Callable[[str], None] = lambda text: None
         self.retrying = Retrying(
             retry=retry_if_exception_type(StorageLost),
@@ -435,22 +434,21 @@ class StudyRecord:
         """Begin to write: from here on every transaction asks whether nobody has taken the study since."""
         self.still_locked, self.launch = still_locked, secrets.token_hex(8)
 
-        def once() -> int:
+        def once() -> None:
             with self.storage.engine.begin() as connection:
-                found = _stored(connection, self.study_id, "fence", lock=" FOR UPDATE")
-                if found is None:
+                fence = _stored(connection, self.study_id, "fence", lock=" FOR UPDATE") or 0
+                if self._is_gone(connection):
                     raise StudyGone(self.name)
-                _store(connection, self.study_id, {"fence": found + 1, "launch": self.launch, "request": None})
-                return int(found) + 1
+                _store(connection, self.study_id, {"fence": fence + 1, "launch": self.launch, "request": None})
 
-        self.fence = self.lasting(once)
+        self.lasting(once)
 
     def must_be_ours(self, connection: sqlalchemy.Connection) -> None:
         """Raises StudyTaken if another took the study since, StudyGone if it was deleted."""
-        found = _stored(connection, self.study_id, "fence", lock=" FOR SHARE")
+        found = _stored(connection, self.study_id, "launch", lock=" FOR SHARE")
         if found is None:
             raise StudyGone(self.name)
-        if found != self.fence:
+        if found != self.launch:  # random: SQLite gives the number of a deleted study to the next one
             raise StudyTaken(self.name)
 
     def lasting(self, call: Callable[[], R]) -> R:
@@ -464,11 +462,18 @@ class StudyRecord:
             try:
                 return call()
             except KeyError:  # what Optuna says of an id that is not there
-                if self.name not in study_names(self.storage):
+                with self.storage.engine.connect() as connection:
+                    gone = self._is_gone(connection)
+                if gone:
                     raise StudyGone(self.name) from None
                 raise
 
         return self.retrying(once)
+
+    def _is_gone(self, connection: sqlalchemy.Connection) -> bool:
+        """Whether the study was deleted, though another may have got its number since."""
+        found = connection.execute(sqlalchemy.select(STUDIES).where(STUDIES.c.study_id == self.study_id)).first()
+        return found is None or (_stored(connection, self.study_id, "id") or self.name) != self.id
 
     def still_ours(self) -> None:
         """For before something else than the database is written. Raises as `lasting` does."""
@@ -774,7 +779,7 @@ def register(storage: RDBStorage, spec: StudySpec, datasets: Mapping[str, str]) 
 
     Raises StudyConflict if another tool's study has the name.
     """
-    identity = {"id": secrets.token_hex(8), "fence": 0}
+    identity = {"id": secrets.token_hex(8), "fence": 0, "launch": ""}
     with storage.engine.begin() as connection:
         named = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_name == spec.name)
         study_id = connection.execute(named).scalar()
