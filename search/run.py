@@ -23,6 +23,7 @@ from search.datasets import open_dataset
 from search.errors import (
     Interrupted,
     SieveError,
+    StudyBusy,
     StudyFailed,
     StudyFileError,
     StudyGone,
@@ -48,7 +49,7 @@ from search.storage import (
     open_storage,
     owned,
     registered,
-    study_names,
+    stored_states,
 )
 from search.study import StudySpec, narrowed
 
@@ -108,7 +109,7 @@ def launch(
             started(runner)
             try:
                 runner.run(show)
-            except (StudyGone, StudyTaken):  # nothing of it is ours to write any more
+            except (StudyBusy, StudyGone, StudyTaken):  # nothing of it is ours to write any more
                 raise
             except BaseException:
                 record.set_attr("state", "stopped")
@@ -146,14 +147,19 @@ def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:
         return
     try:
         storage = open_storage(settings.storage)
-        for name in study_names(storage):
-            record = StudyRecord(storage, name)
-            if record.attr("id") and not is_owned(record):
-                with Outbox(settings.outbox) as box:
-                    keep_home(box, settings)
-                    recover(record, box, settings, time.time)
+        names = list(stored_states(storage))
     except SieveError as error:
         warn(f"warning: the journal was not compared with the storage: {error}")
+        return
+    with Outbox(settings.outbox) as box:
+        keep_home(box, settings)
+        for name in names:
+            try:
+                record = StudyRecord(storage, name)
+                if record.attr("id") and not is_owned(record):
+                    recover(record, box, settings, time.time)
+            except SieveError as error:
+                warn(f"warning: study '{name}' was not compared with the journal: {error}")
 
 
 def keep_home(box: Outbox, settings: Settings) -> None:
