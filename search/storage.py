@@ -44,6 +44,7 @@ from search.errors import (
     DataError,
     DiskError,
     SettingsError,
+    SieveError,
     StorageLost,
     StudyBusy,
     StudyConflict,
@@ -432,16 +433,17 @@ class StudyRecord:
 
     def take(self, still_locked: Callable[[], None]) -> None:
         """Begin to write: from here on every transaction asks whether nobody has taken the study since."""
-        self.still_locked, self.launch = still_locked, secrets.token_hex(8)
+        self.still_locked, launch = still_locked, secrets.token_hex(8)
 
         def once() -> None:
             with self.storage.engine.begin() as connection:
                 fence = _stored(connection, self.study_id, "fence", lock=" FOR UPDATE") or 0
                 if self._is_gone(connection):
                     raise StudyGone(self.name)
-                _store(connection, self.study_id, {"fence": fence + 1, "launch": self.launch, "request": None})
+                _store(connection, self.study_id, {"fence": fence + 1, "launch": launch, "request": None})
 
         self.lasting(once)
+        self.launch = launch
 
     def must_be_ours(self, connection: sqlalchemy.Connection) -> None:
         """Raises StudyTaken if another took the study since, StudyGone if it was deleted."""
@@ -461,9 +463,13 @@ class StudyRecord:
             self.still_locked()
             try:
                 return call()
-            except KeyError:  # what Optuna says of an id that is not there
+            except SieveError:
+                raise
+            except Exception as error:  # what a database says of rows that are not there any more, or are another's
                 with self.storage.engine.connect() as connection:
-                    gone = self._is_gone(connection)
+                    if self.launch:
+                        self.must_be_ours(connection)
+                    gone = isinstance(error, KeyError) and self._is_gone(connection)
                 if gone:
                     raise StudyGone(self.name) from None
                 raise
