@@ -63,6 +63,19 @@ class StudyConflict(SieveError):
         )
 
 
+class NameTaken(SieveError):
+    """Another tool's study has the name; `what` says what it is."""
+
+    exit_code = 2
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(name, what)
+        self.name, self.what = name, what
+
+    def __str__(self) -> str:
+        return f"study '{self.name}' is there already, {self.what}; it is left as it is: give this one another name"
+
+
 class UnknownStudy(SieveError):
     """No study is called `name`; `known` are the names that exist."""
 

@@ -392,8 +392,9 @@ def _first(data: Dataset, examples: int) -> Dataset:
 
 
 def request(study: str, what: str, settings: Settings) -> str:
-    """Ask the runner of a study to "stop" or "cancel"; says what will happen. Raises UnknownStudy."""
+    """Ask the runner of a study to "stop" or "cancel"; says what will happen. Raises UnknownStudy, StudyUnreadable."""
     record = open_study(study, settings)
+    _ = record.spec  # it is one of ours
     if not is_owned(record):
         if record.attr("state") == "queued":
             with owned(record):

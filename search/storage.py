@@ -43,6 +43,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 from search.errors import (
     DataError,
     DiskError,
+    NameTaken,
     SettingsError,
     SieveError,
     StorageLost,
@@ -525,14 +526,7 @@ class StudyRecord:
     @property
     def spec(self) -> StudySpec:
         """Raises StudyUnreadable if there is none, or none that this version understands."""
-        stored = self.attr("spec")
-        if stored is None:
-            raise StudyUnreadable(self.name, NOT_OURS)
-        try:
-            return restore(json.loads(stored))
-        except (StudyFileError, TypeError, ValueError) as error:
-            lines = str(error).splitlines()
-            raise StudyUnreadable(self.name, f"its stored specification: {lines[0] if lines else error!r}") from None
+        return _understood(self.name, self.attr("spec"))
 
     @_durable
     def set_attr(self, key: str, value: Any) -> None:
@@ -780,10 +774,21 @@ def _asking_before_each_commit(
             sqlalchemy.event.remove(engine, name, listener)
 
 
+def _understood(name: str, stored: Any) -> StudySpec:
+    """A specification as it is stored. Raises StudyUnreadable if it is none, or none that this version knows."""
+    if stored is None:
+        raise StudyUnreadable(name, NOT_OURS)
+    try:
+        return restore(json.loads(stored))
+    except (StudyFileError, TypeError, ValueError) as error:
+        lines = str(error).splitlines()
+        raise StudyUnreadable(name, f"its stored specification: {lines[0] if lines else error!r}") from None
+
+
 def register(storage: RDBStorage, spec: StudySpec, datasets: Mapping[str, str]) -> None:
     """Write a new study down, whole or not at all; one of an older version gets its id.
 
-    Raises StudyConflict if another tool's study has the name.
+    Raises NameTaken if another tool's study has the name, StudyUnreadable if this version cannot know whose it is.
     """
     identity = {"id": secrets.token_hex(8), "fence": 0, "launch": ""}
     with storage.engine.begin() as connection:
@@ -794,24 +799,24 @@ def register(storage: RDBStorage, spec: StudySpec, datasets: Mapping[str, str]) 
             study_id = connection.execute(named).scalar_one()
             _store_direction(connection, study_id, spec)
             _store(connection, study_id, identity | {"spec": spec.to_json(), "datasets": dict(datasets)})
-        elif _stored(connection, study_id, "spec") is None:
+        elif (stored := _stored(connection, study_id, "spec")) is None:
             _may_be_adopted(connection, study_id, spec)
             _store(connection, study_id, identity | {"spec": spec.to_json()})
-        elif _stored(connection, study_id, "id") is None:
+        elif _understood(spec.name, stored) and _stored(connection, study_id, "id") is None:
             _store(connection, study_id, identity | {"formerly": True})
 
 
 def _may_be_adopted(connection: sqlalchemy.Connection, study_id: int, spec: StudySpec) -> None:
-    """Raises StudyConflict unless a study without a spec is an empty one that goes the same way as this spec."""
+    """Raises NameTaken unless a study without a spec is an empty one that goes the same way as this spec."""
     trials = connection.execute(sqlalchemy.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)).first()
     attrs = connection.execute(sqlalchemy.select(STUDY_ATTRS.c.key).where(STUDY_ATTRS.c.study_id == study_id)).first()
     if trials or attrs:
-        raise StudyConflict(spec.name, ["the stored study was not made by Sieve"])
+        raise NameTaken(spec.name, NOT_OURS)
     query = sqlalchemy.select(DIRECTIONS.c.direction).where(DIRECTIONS.c.study_id == study_id)
     directions = list(connection.execute(query).scalars())
     if directions != [_direction(spec)]:
         found = " and ".join(direction.lower() for direction in directions)
-        raise StudyConflict(spec.name, [f"an empty study of another tool has the name, and its direction is {found}"])
+        raise NameTaken(spec.name, f"{NOT_OURS}, without trials, and its direction is {found}")
 
 
 def _direction(spec: StudySpec) -> str:

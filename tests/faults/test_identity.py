@@ -411,6 +411,9 @@ def test_a_home_of_the_version_before_can_be_looked_at(tmp_path: Path) -> None:
     assert is_of(validated_on(settings, attrs, "stage-1"), json.loads(attrs["spec"]), chosen, content)
     run(settings, "report", "digits", "--out", tmp_path / "report")
     assert results(settings, "digits").items() <= undisturbed.items()
+    with closing(sqlite3.connect(stores(settings)[0])) as db, db:
+        db.execute("UPDATE study_user_attributes SET value_json = '\"queued\"' WHERE key = 'state'")
+    assert "does not wait" in run(settings, "stop", "digits")
 
 
 def test_the_data_of_the_version_before_is_asked_for(tmp_path: Path) -> None:
