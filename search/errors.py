@@ -3,6 +3,7 @@
 SieveError                     exit 1
 ├── StudyFileError             exit 2    mistakes in a study file or in --set, one line each
 ├── StudyConflict              exit 2    a study of that name exists with another specification
+│   └── NameTaken              exit 2    another tool's study has the name
 ├── UnknownStudy               exit 2    no study of that name; lists the near names
 ├── StudyUnreadable            exit 2    a study of another tool or of a newer version, or a damaged one
 ├── StudyBusy                  exit 2    another runner owns the study
@@ -63,17 +64,12 @@ class StudyConflict(SieveError):
         )
 
 
-class NameTaken(SieveError):
-    """Another tool's study has the name; `what` says what it is."""
-
-    exit_code = 2
-
-    def __init__(self, name: str, what: str) -> None:
-        super().__init__(name, what)
-        self.name, self.what = name, what
+class NameTaken(StudyConflict):
+    """Another tool's study has the name; `differences` say what it is."""
 
     def __str__(self) -> str:
-        return f"study '{self.name}' is there already, {self.what}; it is left as it is: give this one another name"
+        what = ", ".join(self.differences)
+        return f"study '{self.name}' is there already, {what}; it is left as it is: give this one another name"
 
 
 class UnknownStudy(SieveError):

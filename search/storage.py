@@ -811,12 +811,12 @@ def _may_be_adopted(connection: sqlalchemy.Connection, study_id: int, spec: Stud
     trials = connection.execute(sqlalchemy.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)).first()
     attrs = connection.execute(sqlalchemy.select(STUDY_ATTRS.c.key).where(STUDY_ATTRS.c.study_id == study_id)).first()
     if trials or attrs:
-        raise NameTaken(spec.name, NOT_OURS)
+        raise NameTaken(spec.name, [NOT_OURS])
     query = sqlalchemy.select(DIRECTIONS.c.direction).where(DIRECTIONS.c.study_id == study_id)
     directions = list(connection.execute(query).scalars())
     if directions != [_direction(spec)]:
         found = " and ".join(direction.lower() for direction in directions)
-        raise NameTaken(spec.name, f"{NOT_OURS}, without trials, and its direction is {found}")
+        raise NameTaken(spec.name, [NOT_OURS, f"without trials, and its direction is {found}"])
 
 
 def _direction(spec: StudySpec) -> str:

@@ -760,18 +760,20 @@ def test_errors_survive_pickling_and_know_their_exit_code() -> None:
         errors.StudyFileError(["f.yaml: a", "f.yaml: b"]): (2, "f.yaml: a\nf.yaml: b"),
         errors.UnknownStudy("demo2", ["demo", "other"]): (2, "no study is called 'demo2'; did you mean demo?"),
         errors.StudyConflict("demo", ["seed: 1 as stored, 2 as given"]): (2, "study 'demo' exists with another"),
+        errors.NameTaken("demo", ["not made by Sieve"]): (2, "study 'demo' is there already, not made by Sieve;"),
         errors.StudyBusy("x"): (2, "x"),
         errors.DataError("x"): (2, "x"),
         errors.SettingsError("x"): (2, "x"),
         errors.DiskError("f.db", "disk full"): (1, "f.db: disk full; nothing that was stored is lost"),
         errors.StudyFailed("x"): (1, "x"),
+        errors.StudyUnreadable("x", "not made by Sieve"): (2, "study 'x'"),
         errors.StudyTaken("x"): (1, "study 'x' was taken over by another runner"),
         errors.StudyGone("x"): (1, "study 'x' was deleted while it ran"),
         errors.StorageLost("x"): (1, "x"),
         errors.WorkersLost("x"): (1, "x"),
         errors.Interrupted("x"): (130, "x"),
     }
-    assert {type(error) for error in family} == set(errors.SieveError.__subclasses__())
+    assert {type(error) for error in family} == {*errors.SieveError.__subclasses__(), errors.NameTaken}
     for error, (code, text) in family.items():
         assert error.exit_code == code
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
