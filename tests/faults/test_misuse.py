@@ -174,7 +174,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State, Progre
     config = TrainConfig(hidden_sizes=(4,), optimizer="adam", batch_size=10)
     (state,), (progress,) = advance([start(config, data, (1,), (0,))], data, 2)
     path = tmp_path_factory.mktemp("checkpoint") / "c.npz"
-    checkpoint.save(path, state, progress)
+    checkpoint.save(path, state, progress, "it")
     return path, state, progress
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_no_checkpoint(
     damaged = tmp_path / "damaged.npz"
     damaged.write_bytes(raw)
     try:
-        loaded, curve = checkpoint.load(damaged)
+        loaded, curve = checkpoint.load(damaged, "it")
     except ValueError:
         return
     assert curve.evaluations == progress.evaluations
