@@ -371,15 +371,20 @@ def own_copy(dataset: str, digest: str) -> Dataset:
     settings, spec = Settings.from_environment(), DatasetSpec.model_validate_json(dataset)
     with suppress(OSError):  # it may do without
         settings.make_home()
-    if spec.path and settings.data_dir and not Path(spec.path).exists():
-        spec = spec.model_copy(update={"path": str(settings.data_dir / Path(spec.path).name)})
-    try:
-        data, _ = open_dataset(spec, settings)
-    except DataError as error:
-        raise DataError(f"worker {socket.gethostname()}: {error}") from error
-    if data.digest != digest:
-        raise DataError(
-            f"worker {socket.gethostname()}: its copy of {spec.name} is another one: "
-            f"expected digest {digest}, got {data.digest}; bring the same files there"
+    places = [spec]
+    if spec.path and settings.data_dir:  # the file lies elsewhere here, or another one has its place
+        places.append(spec.model_copy(update={"path": str(settings.data_dir / Path(spec.path).name)}))
+    problem = ""
+    for place in places:
+        try:
+            data, _ = open_dataset(place, settings)
+        except DataError as error:
+            problem = problem or str(error)
+            continue
+        if data.digest == digest:
+            return data
+        problem = (
+            f"its copy of {spec.name} is another one: expected digest {digest}, got {data.digest}; "
+            "bring the same files there"
         )
-    return data
+    raise DataError(f"worker {socket.gethostname()}: {problem}")

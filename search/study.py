@@ -956,6 +956,8 @@ def restore(stored: Mapping[str, Any], source: str | None = None) -> StudySpec:
 
     What was stored before there was a choice of splits was split as `last` says.
     """
+    if not isinstance(stored, Mapping):
+        raise StudyFileError([_line(source or "stored study", (), f"expected a mapping, got {short(stored)}")])
     if isinstance(stored.get("dataset"), dict):
         stored = {**stored, "dataset": {"split": "last", **stored["dataset"]}}
     try:

@@ -140,7 +140,12 @@ def test_each_host_opens_its_own_copy_and_vouches_for_it(
     for name, pixels in (("here", x), ("same", x), ("other", x + 1)):
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "own.npz", x=pixels, y=y)
-    monkeypatch.chdir(tmp_path / "here")  # where the workers are not
+    monkeypatch.chdir(tmp_path / "here")
+
+    def far_away(_: object) -> None:
+        """On other hosts that file is not there."""
+        (tmp_path / "here" / "own.npz").rename(tmp_path / "kept.npz")
+
     spec = quick(
         dataset={"name": "npz", "path": "own.npz", "validation": 10, "test": 10},
         base={"batch_size": 10, "epochs": 2},
@@ -148,13 +153,14 @@ def test_each_host_opens_its_own_copy_and_vouches_for_it(
         confirm=False,
     )
     good = cluster.add(SIEVE_DATA_DIR=str(tmp_path / "same"))
-    launch(spec, home("good", SIEVE_EXECUTOR=cluster.address))
+    launch(spec, home("good", SIEVE_EXECUTOR=cluster.address), started=far_away)
+    (tmp_path / "kept.npz").rename(tmp_path / "here" / "own.npz")
     for process in [*cluster.processes(good), psutil.Process(good.pid)]:
         process.kill()
     cluster.add(SIEVE_DATA_DIR=str(tmp_path / "other"))
     settings = home("bad", SIEVE_EXECUTOR=cluster.address)
     with pytest.raises(DataError, match=r"worker .*: its copy of npz is another one"):
-        launch(spec, settings)
+        launch(spec, settings, started=far_away)
     assert {a.state.name for a in open_study("quick", settings).attempts()} == {"RUNNING"}
 
 
