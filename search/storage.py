@@ -758,7 +758,8 @@ def _asking_before_each_commit(
             ask(connection)
 
     def rollback(connection: sqlalchemy.Connection) -> None:
-        connection.info.pop("wrote", None)
+        if not connection.invalidated:  # a cut connection has forgotten it
+            connection.info.pop("wrote", None)
 
     listeners: dict[str, Callable[..., None]] = {
         "after_cursor_execute": remember,
