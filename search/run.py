@@ -398,8 +398,9 @@ def request(study: str, what: str, settings: Settings) -> str:
     if not is_owned(record):
         if record.attr("state") == "queued":
             with owned(record):
-                record.set_attr("state", "stopped")
-            return f"study '{study}' does not wait for `sieve serve` any more"
+                if record.attr("state") == "queued":  # else a service was faster
+                    record.set_attr("state", "stopped")
+                    return f"study '{study}' does not wait for `sieve serve` any more"
         return f"study '{study}' is not running"
-    record.set_attr("request", {"what": what, "launch": record.attr("launch")})
+    record.set_attr("request", {"what": what, "launch": launch})
     return f"asked the runner of study '{study}' to {what}; it does within {REQUEST_SECONDS + STOP_SECONDS:.0f} seconds"

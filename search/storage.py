@@ -430,7 +430,7 @@ class StudyRecord:
         """Be another study from here on, which this home runs: the one that has the id now was copied."""
         with self.storage.engine.begin() as connection:
             _store(connection, self.study_id, {"id": study_id, "home": home})
-        self.__dict__.pop("id", None)
+        self.__dict__["id"] = study_id
 
     def take(self, still_locked: Callable[[], None]) -> None:
         """Begin to write: from here on every transaction asks whether nobody has taken the study since."""
@@ -449,10 +449,8 @@ class StudyRecord:
     def must_be_ours(self, connection: sqlalchemy.Connection) -> None:
         """Raises StudyTaken if another took the study since, StudyGone if it was deleted."""
         found = _stored(connection, self.study_id, "launch", lock=" FOR SHARE")
-        if found is None:
-            raise StudyGone(self.name)
         if found != self.launch:  # random: SQLite gives the number of a deleted study to the next one
-            raise StudyTaken(self.name)
+            raise StudyGone(self.name) if self._is_gone(connection) else StudyTaken(self.name)
 
     def lasting(self, call: Callable[[], R]) -> R:
         """What the call gives, made again while the database is away and the patience lasts.
@@ -646,6 +644,7 @@ class StudyRecord:
             own = sqlalchemy.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == self.study_id)
             if connection.execute(own.limit(1)).first() is None:
                 _store_direction(connection, self.study_id, spec)
+                self._forget_points(connection)  # decided, and cut short before the first of them began
                 _store(connection, self.study_id, {"datasets": dict(datasets)})
             else:
                 stored = restore(json.loads(_stored(connection, self.study_id, "spec")))
@@ -674,6 +673,9 @@ class StudyRecord:
             stored = {"param_value": new.to_internal_repr(value), "distribution_json": distribution_to_json(new)}
             if (row.param_value, row.distribution_json) != tuple(stored.values()):
                 connection.execute(PARAMS.update().where(PARAMS.c.param_id == row.param_id).values(stored))
+        self._forget_points(connection)
+
+    def _forget_points(self, connection: sqlalchemy.Connection) -> None:
         decided = (STUDY_ATTRS.c.study_id == self.study_id) & STUDY_ATTRS.c.key.startswith(DECIDED)
         connection.execute(STUDY_ATTRS.delete().where(decided))
 

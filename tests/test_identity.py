@@ -1,0 +1,96 @@
+"""Whose a write is, in the hard cases: ids that SQLite gives again, and what a launch that was cut short left."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+
+from search import run
+from search.errors import StudyGone
+from search.outbox import Outbox
+from search.plan import Proposal, Slot
+from search.settings import Settings
+from search.storage import StudyRecord, distribution, open_storage, register, registered, study_names
+from search.study import StudySpec
+
+Quick = Callable[..., StudySpec]
+RANDOM: dict[str, Any] = {"search": {"method": "random", "trials": 2}, "confirm": None}
+
+
+def begin(record: StudyRecord, spec: StudySpec, **params: Any) -> int:
+    """A first trial of a random search with these parameters."""
+    distributions = {name: distribution(d) for name, d in spec.dimensions.items()}
+    return record.begin(Proposal(Slot(0, 0, 0), params, "random", {}), 1, distributions, "home")[0]
+
+
+@pytest.fixture
+def home(settings: Settings) -> Settings:
+    settings.make_home()
+    return settings
+
+
+@pytest.mark.parametrize("call", ["set_attr", "note", "begin", "decide", "add_curves", "still_ours"])
+def test_the_runner_of_a_study_that_was_deleted_writes_nothing_into_the_next_of_its_name(
+    home: Settings, quick: Quick, call: str
+) -> None:
+    """SQLite gives the number of the study that was deleted to the next one, and the fence of both is the first."""
+    spec = quick(**RANDOM)
+    params = {name: d.choices[0] if hasattr(d, "choices") else 0.1 for name, d in spec.dimensions.items()}
+    with registered(home.storage, spec, {}) as old:
+        first = begin(old, spec, **params)
+        optuna.delete_study(study_name="quick", storage=home.storage)
+        with registered(home.storage, spec, {}) as new:
+            assert (begin(new, spec, **params), new.study_id) == (first, old.study_id)
+            assert new.id != old.id
+            before = new.attrs, new.attempts(), new.curves(), new.noted()
+            calls: dict[str, Callable[[], Any]] = {
+                "set_attr": lambda: old.set_attr("state", "stopped"),
+                "note": lambda: old.note("of the old one", first),
+                "begin": lambda: begin(old, spec, **params),
+                "decide": lambda: old.decide({"1": [{}]}),
+                "add_curves": lambda: old.add_curves({first: [(1, 0.5)]}),
+                "still_ours": old.still_ours,
+            }
+            with pytest.raises(StudyGone):
+                calls[call]()
+            assert (new.attrs, new.attempts(), new.curves(), new.noted()) == before
+
+
+def test_points_that_no_trial_was_begun_with_go_with_their_specification(home: Settings, quick: Quick) -> None:
+    """A launch that dies between deciding its points and the first trial leaves none to a study of other parts."""
+    asked: dict[str, Any] = {"search": {"method": "tpe", "trials": 4, "generation": 2}, "confirm": None}
+    with registered(home.storage, quick(**asked), {}) as record:
+        record.decide({"0.0": [{"eta": 0.1}, {"eta": 0.2}]})
+    with registered(home.storage, quick(**asked, seed=1), {}) as record:
+        assert record.decided() == {}
+
+
+def of_an_older_version(record: StudyRecord, **attrs: Any) -> None:
+    """What an older version wrote of a study: no id, no fence, no launch."""
+    with record.storage.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM study_user_attributes WHERE key != 'spec'")
+    for key, value in attrs.items():
+        record.storage.set_study_user_attr(record.study_id, key, value)
+
+
+def test_a_study_that_an_older_version_queued_can_be_stopped(home: Settings, quick: Quick) -> None:
+    """It has no fence yet, which does not mean that it was deleted."""
+    register(storage := open_storage(home.storage), quick(**RANDOM), {})
+    of_an_older_version(record := StudyRecord(storage, "quick"), state="queued")
+    assert "does not wait" in run.request("quick", "stop", home)
+    assert record.attr("state") == "stopped"
+
+
+def test_one_damaged_study_does_not_keep_the_others_from_the_journal(home: Settings, quick: Quick) -> None:
+    """What the journal lacks of the study beside it is put there, and the damaged one is named."""
+    for name in ("a", "b"):
+        run.launch(quick(**RANDOM, name=name), home, workers=1, publish=False)
+    StudyRecord(storage := open_storage(home.storage), "a").set_attr("spec", "{")
+    assert study_names(storage) == ["a", "b"]
+    home.outbox.unlink()
+    said: list[str] = []
+    run.recover_all(home, said.append)
+    assert ["'a'" in line for line in said] == [True]
+    with Outbox(home.outbox) as box:
+        assert list(box.attempts(StudyRecord(storage, "b").id))
