@@ -6,6 +6,7 @@ trained meanwhile. What it was shown is sent once all the same: a recovered poin
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,7 +18,7 @@ from search import __version__, checkpoint, outbox
 from search.outbox import Outbox, Record
 from search.settings import Settings
 from search.storage import LEFT, Attempt, StudyRecord
-from search.study import METRICS
+from search.study import METRICS, Choice, StudySpec
 
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
 
@@ -46,9 +47,27 @@ def recover(record: StudyRecord, box: Outbox, settings: Settings, clock: Callabl
             config = spec.config(attempt.params, **attempt.attrs["overrides"])
             data = spec.dataset_of(attempt.attrs["stage"]).name, digests.get(attempt.attrs["stage"], "")
             begun = trial_begun(record, attempt, config.to_params(), data, clock())
+            if not recovered and not box.records(record.id, "study_begun"):
+                box.put([study_begun(record, spec, record.attr("versions") or {}, clock())])
             box.put(map(outbox.recovered, [begun, *records]))
             recovered += 1
     return recovered
+
+
+def study_begun(record: StudyRecord, spec: StudySpec, versions: Mapping[str, str], when: float) -> Record:
+    """The beginning of a study in MLflow; `versions`: of what runs it."""
+    kinds = {
+        name: "choice" if isinstance(d, Choice) else "log" if d.log else "linear" for name, d in spec.dimensions.items()
+    }
+    return outbox.study_begun(
+        record.id,
+        json.loads(spec.to_json()),
+        {"version": __version__} | {f"version.{name}": version for name, version in versions.items()},
+        when,
+        dimensions=kinds,
+        optuna_study_id=record.study_id,
+        formerly=spec.name if record.attr("formerly") else None,
+    )
 
 
 def trial_begun(

@@ -156,8 +156,12 @@ def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:
         for name in names:
             try:
                 record = StudyRecord(storage, name)
-                if record.attr("id") and not is_owned(record):
-                    recover(record, box, settings, time.time)
+                if not record.attr("id") or is_owned(record) or not recover(record, box, settings, time.time):
+                    continue
+                if record.attr("state") == "done" and not box.records(record.id, "study_ended"):
+                    box.put([_ended(record, conclude(record), None, time.time())])
+            except UnknownStudy:  # deleted meanwhile
+                continue
             except SieveError as error:
                 warn(f"warning: study '{name}' was not compared with the journal: {error}")
 
@@ -395,6 +399,7 @@ def request(study: str, what: str, settings: Settings) -> str:
     """Ask the runner of a study to "stop" or "cancel"; says what will happen. Raises UnknownStudy, StudyUnreadable."""
     record = open_study(study, settings)
     _ = record.spec  # it is one of ours
+    launch = record.attr("launch")  # before it is looked whether it runs: a later launch is not meant
     if not is_owned(record):
         if record.attr("state") == "queued":
             with owned(record):

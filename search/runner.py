@@ -7,7 +7,6 @@ started again: trials found RUNNING are taken up from their checkpoint under the
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -25,14 +24,14 @@ from optuna.trial import TrialState
 
 from core.data import Dataset
 from core.train import Progress, State, TrainConfig, may_share, start
-from search import __version__, checkpoint, outbox, plan, prune
+from search import checkpoint, outbox, plan, prune
 from search.errors import DataError, StudyFailed, WorkersLost, brief, details, in_one_line, one_line
 from search.executor import LOST, Slice, advance_elsewhere, advance_here
 from search.failpoint import failpoint
 from search.outbox import Outbox, Record, artifact_id
 from search.outcome import DIVERGED, best_first, fate, results, score, stages_in_words, study_note, versions, why
 from search.plan import WORST, Params, Proposal, Slot
-from search.recover import trial_begun
+from search.recover import study_begun, trial_begun
 from search.samplers import asker
 from search.settings import Settings
 from search.storage import (
@@ -43,7 +42,7 @@ from search.storage import (
     failed_attempts,
     finished_attempts,
 )
-from search.study import Choice, Halving, Sampler, StudySpec
+from search.study import Halving, Sampler, StudySpec
 from search.tracking import run_link
 
 NOTE_SECONDS = 5.0  # between looking for runs to link to
@@ -699,20 +698,7 @@ class Runner:
         return {name: value for name, value in results.items() if math.isfinite(value)}
 
     def _announce(self) -> None:
-        kinds = {
-            name: "choice" if isinstance(d, Choice) else "log" if d.log else "linear"
-            for name, d in self.spec.dimensions.items()
-        }
-        begun = outbox.study_begun(
-            self.record.id,
-            json.loads(self.spec.to_json()),
-            {"version": __version__} | {f"version.{name}": version for name, version in versions().items()},
-            self.clock(),
-            dimensions=kinds,
-            optuna_study_id=self.record.study_id,
-            formerly=self.spec.name if self.record.attr("formerly") else None,
-        )
-        self.box.put([begun])
+        self.box.put([study_begun(self.record, self.spec, versions(), self.clock())])
         self.record.set_attr("home", self.box.home)
         self.record.set_attr("versions", versions())
         if note := prune.note(self.spec):

@@ -94,3 +94,13 @@ def test_one_damaged_study_does_not_keep_the_others_from_the_journal(home: Setti
     assert ["'a'" in line for line in said] == [True]
     with Outbox(home.outbox) as box:
         assert list(box.attempts(StudyRecord(storage, "b").id))
+
+
+def test_a_journal_that_was_lost_knows_its_studies_again(home: Settings, quick: Quick) -> None:
+    """`sieve sync` alone, without another launch, shows what it recovers under the study's name."""
+    run.launch(quick(**RANDOM), home, workers=1, publish=False)
+    home.outbox.unlink()
+    run.recover_all(home, print)
+    with Outbox(home.outbox) as box:
+        assert box.ids("quick") == [StudyRecord(open_storage(home.storage), "quick").id]
+        assert [record.kind for record in box.pending()][:: len(box.pending()) - 1] == ["study_begun", "study_ended"]
