@@ -3,14 +3,17 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
+from optuna import delete_study
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from search import run
-from search.errors import SettingsError, StorageLost, StudyBusy, StudyTaken
+from search.errors import SettingsError, StorageLost, StudyBusy, StudyGone, StudyTaken
 from search.plan import Proposal, Slot
 from search.settings import Settings
 from search.storage import StudyRecord, open_storage, registered
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.stack
 
 Spec = Callable[..., StudySpec]
 Home = Callable[..., Settings]
+FIRST = Proposal(Slot(0, 0, 0), {}, "random", {})
 launch = partial(run.launch, publish=False, workers=2)
 
 
@@ -130,3 +134,36 @@ def test_what_can_not_be_opened_is_said_in_one_line_without_the_password(server_
         assert "\n" not in str(caught.value)
     with pytest.raises(SettingsError, match=r"pip install 'sieve\[postgres\]'"):
         open_storage(f"postgresql+pg8000://sieve:{PASSWORD}@127.0.0.1/x")
+
+
+CALLS: dict[str, Callable[[StudyRecord, int], Any]] = {
+    "set_attr": lambda record, trial: record.set_attr("state", "stopped"),
+    "note": lambda record, trial: record.note("of the old one", trial),
+    "begin": lambda record, trial: record.begin(FIRST, 1, {}, "home"),
+    "decide": lambda record, trial: record.decide({"1": [{}]}),
+    "add_curves": lambda record, trial: record.add_curves({trial: [(1, 0.5)]}),
+    "finish": lambda record, trial: record.finish(trial, TrialState.FAIL, None, {"reason": "of the old one"}),
+    "still_ours": lambda record, trial: record.still_ours(),
+}
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["used again", "not used again"])
+def test_the_runner_of_a_deleted_study_writes_nothing_into_the_next_of_its_name(
+    storage: str, quick: Spec, again: bool
+) -> None:
+    """SQLite gives the numbers of the study and of its trials to the next one, and both were taken once."""
+    spec = quick(search={"method": "random", "trials": 2}, confirm=None)
+    with registered(storage, spec, {}) as old, ExitStack() as held:
+        trial, _ = old.begin(FIRST, 1, {}, "home")
+        delete_study(study_name="quick", storage=open_storage(storage))
+        before = None
+        if again:
+            new = held.enter_context(registered(storage, spec, {}))
+            new.begin(FIRST, 1, {}, "home")
+            assert new.id != old.id
+            before = new.attrs, new.attempts(), new.curves(), new.noted()
+        for call in CALLS.values():
+            with pytest.raises(StudyGone):
+                call(old, trial)
+        if again:
+            assert (new.attrs, new.attempts(), new.curves(), new.noted()) == before
