@@ -28,6 +28,7 @@ from search.errors import (
     StudyFileError,
     StudyGone,
     StudyTaken,
+    StudyUnreadable,
     UnknownStudy,
     in_one_line,
 )
@@ -168,12 +169,12 @@ def recover_all(settings: Settings, warn: Callable[[str], None]) -> None:
 
 def keep_home(box: Outbox, settings: Settings) -> None:
     """This home stays the same one when its journal is lost: its id, and where it lies, are written beside it too."""
-    path = settings.home / "home.id"
+    path, here = settings.home / "home.id", str(settings.home.resolve())
     known, _, place = (path.read_text() if path.exists() else "").partition("\n")
-    if known and place == str(settings.home) and not box.counts():
+    if known and place == here and not box.counts():
         box.adopt(known)
-    elif (known, place) != (box.home, str(settings.home)):
-        write_whole(path, f"{box.home}\n{settings.home}".encode())
+    elif (known, place) != (box.home, here):
+        write_whole(path, f"{box.home}\n{here}".encode())
 
 
 def identify(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, str]:
@@ -284,7 +285,7 @@ def resolved(spec: StudySpec, settings: Settings) -> StudySpec:
     StudyFileError if that other study is not finished.
     """
     spec = spec.located()
-    if (source := spec.space_from) is None:
+    if (source := spec.space_from) is None or _is_registered(spec, settings):
         return spec
     with suppress(UnknownStudy):
         other = open_study(source.study, settings)
@@ -294,6 +295,13 @@ def resolved(spec: StudySpec, settings: Settings) -> StudySpec:
             return narrowed(spec, [a.params for a in best])
     text = f"'{source.study}' is not finished in {redact(settings.storage)}; launch it first"
     raise StudyFileError([f"study '{spec.name}': space_from.study: {text}"])
+
+
+def _is_registered(spec: StudySpec, settings: Settings) -> bool:
+    """Whether this is the very specification that is stored: it was narrowed when it was."""
+    with suppress(UnknownStudy, StudyUnreadable):
+        return open_study(spec.name, settings).spec == spec
+    return False
 
 
 def dry_run(

@@ -1,8 +1,12 @@
 """What launches that were cut short, older versions and lost journals leave of a study."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from search import run
@@ -68,3 +72,26 @@ def test_a_journal_that_was_lost_knows_its_studies_again(home: Settings, quick: 
     with Outbox(home.outbox) as box:
         assert box.ids("quick") == [StudyRecord(open_storage(home.storage), "quick").id]
         assert [record.kind for record in box.pending()][:: len(box.pending()) - 1] == ["study_begun", "study_ended"]
+
+
+def test_a_stored_study_does_not_ask_again_where_another_one_did_best(home: Settings, quick: Quick) -> None:
+    """`sieve retry` and the service take what was registered, whatever became of the study that narrowed it."""
+    search = {"search": {"method": "random", "trials": 3}}
+    run.launch(quick(**RANDOM | search, name="a"), home, workers=1, publish=False)
+    narrow = run.resolved(quick(**RANDOM, name="b", space_from={"study": "a", "top": 1.0}), home)
+    with registered(home.storage, narrow, {}):
+        optuna.delete_study(study_name="a", storage=open_storage(home.storage))
+    assert run.resolved(StudyRecord(open_storage(home.storage), "b").spec, home) == narrow
+
+
+def test_a_home_may_be_reached_by_two_paths(home: Settings, tmp_path: Path) -> None:
+    """It is the same one when its journal was lost, by whichever path it is opened."""
+    (tmp_path / "link").symlink_to(home.home)
+    with Outbox(home.outbox) as box:
+        run.keep_home(box, home)
+        known = box.home
+    shutil.rmtree(home.outbox.parent)
+    linked = replace(home, home=tmp_path / "link")
+    with Outbox(linked.outbox) as box:
+        run.keep_home(box, linked)
+        assert box.home == known
