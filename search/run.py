@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -190,10 +191,15 @@ def identify(record: StudyRecord, box: Outbox, settings: Settings) -> dict[str, 
         own = hashlib.blake2b(f"{record.id} {box.home}".encode(), digest_size=8).hexdigest()  # again, after a crash
         box.fork(record.id, own, keep_links=embedded)
         record.become(own, box.home)
-    if record.attr("formerly") and (before := settings.checkpoints / record.name).exists():
-        before.rename(settings.checkpoints / record.id)
     if not record.attr("formerly"):
         return {}
+    before, folder = settings.checkpoints / record.name, settings.checkpoints / record.id
+    if before.exists():
+        folder.mkdir(exist_ok=True)
+        for path in before.iterdir():
+            if not (folder / path.name).exists():  # else an older version ran it again in between
+                path.rename(folder / path.name)
+        shutil.rmtree(before)
     box.rename(record.name, record.id)
     return box.digests(record.id)
 

@@ -95,3 +95,17 @@ def test_a_home_may_be_reached_by_two_paths(home: Settings, tmp_path: Path) -> N
     with Outbox(linked.outbox) as box:
         run.keep_home(box, linked)
         assert box.home == known
+
+
+def test_an_older_version_may_run_a_study_in_between(home: Settings, quick: Quick) -> None:
+    """Its checkpoints join those under the study's id; one that is there already stays."""
+    with registered(home.storage, quick(**RANDOM), {}) as record, Outbox(home.outbox) as box:
+        record.set_attr("formerly", True)
+        for folder, files in {"quick": ("both", "older"), record.id: ("both",)}.items():
+            (home.checkpoints / folder).mkdir(parents=True)
+            for file in files:
+                (home.checkpoints / folder / file).write_text(folder)
+        run.identify(record, box, home)
+        found = {path.name: path.read_text() for path in (home.checkpoints / record.id).iterdir()}
+    assert found == {"both": record.id, "older": "quick"}
+    assert not (home.checkpoints / "quick").exists()
