@@ -565,8 +565,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The same for a file that a person named: a link is followed, and an error names the file that was asked for."""
+    """The same for a file that a person named: a link is followed, and an error names the file that was asked for.
+
+    A pipe or a device is written to as it is: nothing may take its place.
+    """
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         write_atomically(path.resolve(), lambda file: file.write(content))
     except OSError as error:
         if error.errno is None:
