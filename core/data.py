@@ -372,8 +372,8 @@ def read_npz(path: Path) -> Source:
     """
 
     def choose(names: Sequence[str]) -> list[str]:
-        parts = ("train", "val", "test") if "x_train" in names else ("",)
-        pairs = [[f"{axis}_{part}".rstrip("_") for axis in "xy"] for part in parts]
+        in_parts = [[f"{axis}_{part}" for axis in "xy"] for part in ("train", "val", "test")]
+        pairs = in_parts if any(set(pair) & set(names) for pair in in_parts) else [["x", "y"]]
         wanted = [key for i, pair in enumerate(pairs) if i == 0 or set(pair) & set(names) for key in pair]
         if missing := [key for key in wanted if key not in names]:
             raise ValueError(f"no array {missing[0]!r} among {', '.join(names):.200}; expected {NPZ}")
