@@ -79,7 +79,7 @@ def launch(
 
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
     signal handler; `warn` gets what a person should know; `concluded` gets the outcome before the rest of it is sent
-    to MLflow, which may take its time. Without `publish`, all for MLflow stays in
+    to MLflow, which may take its time: `unsent` is how much that is. Without `publish`, all for MLflow stays in
     the outbox. `report` makes the page that goes with the study's summary; if it fails, the study does not.
     Raises StudyConflict, StudyBusy, DataError, StudyFileError when the method needs a package that is not here or
     the space another study; Interrupted if it was stopped; StudyFailed without any result.
@@ -122,7 +122,7 @@ def launch(
             record.set_attr("chosen", outcome.chosen.params)
             page = _page(report, record, settings, warn) if report else None
             box.put([_ended(record, outcome, page, runner.clock())])
-            concluded(replace(outcome, unsent=box.unsent(record.id)))
+            concluded(replace(outcome, unsent=box.unsent(record.id) if publish else 0))
         runner.write_notes()
         record.note(study_note(spec, outcome.stages, box.links(record.id).get(record.id), settings, outcome))
         sent = box.counts().get(record.id, Counts())

@@ -119,6 +119,14 @@ def test_the_number_of_workers_changes_no_result(settings: Settings, quick: Spec
     assert values(settings) == values(other)
 
 
+def test_without_a_publisher_nothing_is_said_to_be_sent(settings: Settings, quick: Spec) -> None:
+    """The result that is shown first announces no sending; the one at the end counts what waits for `sieve sync`."""
+    shown = list[run.Outcome]()
+    outcome = launch(quick(), settings, workers=1, concluded=shown.append)
+    assert [early.unsent for early in shown] == [0]
+    assert outcome.unsent > 0
+
+
 def test_the_last_repeat_of_a_configuration_shows_mean_and_deviation(
     settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
