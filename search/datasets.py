@@ -308,7 +308,7 @@ def _stored(spec: DatasetSpec, settings: Settings) -> tuple[Path, tuple[str, ...
         folder = cache / known["folder"]
         if (known["converted"], known["files"]) == (CONVERTED, stamps) and data.load_stored(folder):
             return folder, tuple(known["findings"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # never read before, or the copy is not whole: read the files
     source = _read(spec.name, path)
     if _stamps(watched) != stamps:
@@ -379,7 +379,7 @@ def check(name: str, settings: Settings, path: str | None = None) -> list[Row]:
     else:
         with_path = " or ".join(other for other in data.READERS if other != "cifar10")
         raise DataError(f"expected digits, cifar10, or {with_path} with the path of a file, got {name!r}")
-    copies = sorted(settings.data_cache.glob(f"{name}-{'?' * 16}/"))
+    copies = sorted(settings.data_cache.glob(f"{name}-{'?' * 16}*/"))
     return rows + [_check_copy(copy) for copy in copies]
 
 
@@ -410,7 +410,10 @@ def _check_classes(name: str, source: Source, path: str | None = None) -> list[R
 
 def _check_copy(folder: Path) -> Row:
     try:
-        if _copy_name(data.load_stored(folder)) == folder.name:
+        source = data.load_stored(folder)
+        if source.digest is None:
+            return Row(folder.name, "not checked", f"an older version made {folder}")
+        if data.content_digest(Split(source.x, source.y), offset=source.offset) == source.digest:
             return Row(folder.name, "whole copy", str(folder))
     except (ValueError, OSError):
         pass

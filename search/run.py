@@ -310,20 +310,15 @@ def dry_run(
     ask = asker(spec.search.method, distributions, spec.seed) if is_asked(spec) else None
     say("planning the first trials ...")
     proposals = plan.propose(spec, [], ask)
-    stages, datasets = plan.stages(spec), dict[str, Dataset]()
     sample = proposals[:: math.ceil(len(proposals) / GROUP)]  # all over the space
     with tempfile.TemporaryDirectory() as folder:
         aside = replace(settings, home=Path(folder), data_dir=settings.data_dir or settings.data_cache)
-        for stage in stages:
-            needed = spec.dataset_of(stage.name)
-            if (key := needed.model_dump_json()) not in datasets:
-                say(f"opening the data of {needed.name} ...")
-                datasets[key], _ = open_dataset(needed, aside)
-        data = [datasets[spec.dataset_of(stage.name).model_dump_json()] for stage in stages]
-        rate, count = _rate(spec, data[0], sample, workers, say)
+        say("opening the data ...")
+        datasets = open_datasets(spec, aside, say)
+        rate, count = _rate(spec, next(iter(datasets.values())), sample, workers, say)
     table = list[dict[str, Any]]()
-    for stage, of in zip(stages, data, strict=True):
-        work = stage.trials * _work(spec, stage.overrides, of, [p.params for p in sample])
+    for stage in plan.stages(spec):
+        work = stage.trials * _work(spec, stage.overrides, datasets[stage.name], [p.params for p in sample])
         table.append({"name": stage.name, "trials": stage.trials, "seconds": work / rate / min(count, stage.trials)})
     limit = math.inf if spec.limits.minutes is None else 60 * spec.limits.minutes
     return {

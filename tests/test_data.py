@@ -582,4 +582,5 @@ def test_a_pipe_that_is_written_to_stays_one(tmp_path: Path) -> None:
         assert os.read(reader, 100) == b"all of it"
     finally:
         os.close(reader)
-    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -874,6 +874,17 @@ def test_a_dry_run_adds_up_its_stages(settings: Settings, quick: Spec) -> None:
     assert [line for line in said if line.startswith("timing one slice of ")]
 
 
+def test_a_dry_run_tells_what_a_launch_would_warn_of(settings: Settings, quick: Spec, tmp_path: Path) -> None:
+    """What is to be known of the data is said before anything is launched."""
+    y = np.append(np.arange(60) % 2, 2)  # the only example of class 2 is trained on
+    np.savez(tmp_path / "rare.npz", x=np.random.default_rng(0).normal(size=(61, 3)), y=y)
+    dataset = {"name": "npz", "path": str(tmp_path / "rare.npz"), "validation": 20}
+    said = list[str]()
+    spec = quick(dataset=dataset | {"split": "stratified"}, base={"batch_size": 20, "epochs": 1})
+    run.dry_run(spec, settings, workers=1, say=said.append)
+    assert "warning: npz: no example to choose by of 1 class: 2" in said
+
+
 def test_a_dry_run_times_little_of_much(settings: Settings, quick: Spec, tmp_path: Path) -> None:
     """Of 500 costly trials on many examples, it trains for seconds only, and every step is said before it is taken."""
     rng = np.random.default_rng(0)
