@@ -34,7 +34,7 @@ from optuna.importance import (
 
 from core.data import Dataset
 from core.train import Keep, State, TrainConfig, advance, start
-from search import checkpoint, doctor, outbox, plan, run, runner
+from search import checkpoint, doctor, outbox, plan, run, runner, serve
 from search.datasets import open_dataset
 from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
 from search.executor import LocalExecutor, Slice
@@ -874,14 +874,17 @@ def test_a_dry_run_adds_up_its_stages(settings: Settings, quick: Spec) -> None:
     assert [line for line in said if line.startswith("timing one slice of ")]
 
 
-def test_a_dry_run_tells_what_a_launch_would_warn_of(settings: Settings, quick: Spec, tmp_path: Path) -> None:
-    """What is to be known of the data is said before anything is launched."""
+@pytest.mark.parametrize("begin", [partial(run.dry_run, workers=1), serve.enqueue], ids=["dry run", "for serve"])
+def test_whoever_begins_a_study_is_warned_of_its_data(
+    settings: Settings, quick: Spec, tmp_path: Path, begin: Callable[..., object]
+) -> None:
+    """What is to be known of the data is said before anything is trained, to who leaves it to a service too."""
     y = np.append(np.arange(60) % 2, 2)  # the only example of class 2 is trained on
     np.savez(tmp_path / "rare.npz", x=np.random.default_rng(0).normal(size=(61, 3)), y=y)
     dataset = {"name": "npz", "path": str(tmp_path / "rare.npz"), "validation": 20}
     said = list[str]()
     spec = quick(dataset=dataset | {"split": "stratified"}, base={"batch_size": 20, "epochs": 1})
-    run.dry_run(spec, settings, workers=1, say=said.append)
+    begin(spec, settings, **{"say" if isinstance(begin, partial) else "warn": said.append})
     assert "warning: npz: no example to choose by of 1 class: 2" in said
 
 
