@@ -339,6 +339,7 @@ class Source:
     files: tuple[Path, ...] = ()  # what it was read from
     findings: tuple[str, ...] = ()  # what its user should be told
     offset: NDArray[np.float64] | None = None  # [d], what was subtracted from the x that was given
+    digest: str | None = None  # of a stored copy's content when it was written
 
 
 def read_digits() -> Source:
@@ -372,8 +373,8 @@ def read_npz(path: Path) -> Source:
     """
 
     def choose(names: Sequence[str]) -> list[str]:
-        parts = ("train", "val", "test") if "x_train" in names else ("",)
-        pairs = [[f"{axis}_{part}".rstrip("_") for axis in "xy"] for part in parts]
+        in_parts = [[f"{axis}_{part}" for axis in "xy"] for part in ("train", "val", "test")]
+        pairs = in_parts if any(set(pair) & set(names) for pair in in_parts) else [["x", "y"]]
         wanted = [key for i, pair in enumerate(pairs) if i == 0 or set(pair) & set(names) for key in pair]
         if missing := [key for key in wanted if key not in names]:
             raise ValueError(f"no array {missing[0]!r} among {', '.join(names):.200}; expected {NPZ}")
@@ -528,6 +529,7 @@ def store(source: Source, folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # data may be confidential, whatever the home is
     kept = {key: getattr(source, key) for key in ("name", "classes", "image_shape", "parts")}
     kept["offset"] = None if source.offset is None else source.offset.tolist()
+    kept["digest"] = content_digest(Split(source.x, source.y), offset=source.offset)
     write_atomically(folder / "x.npy", lambda file: np.save(file, source.x))
     write_atomically(folder / "y.npy", lambda file: np.save(file, source.y))
     write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(kept).encode()))
@@ -535,14 +537,20 @@ def store(source: Source, folder: Path) -> None:
 
 def load_stored(folder: Path) -> Source:
     """A stored source, its arrays memory-mapped. Raises OSError or ValueError when there is no whole copy."""
-    meta = json.loads((folder / "meta.json").read_bytes())
-    x, y = (np.asarray(np.load(folder / f"{axis}.npy", mmap_mode="r")) for axis in "xy")
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        x, y = (np.asarray(np.load(folder / f"{axis}.npy", mmap_mode="r")) for axis in "xy")
+        parts = {part: (start, stop) for part, (start, stop) in meta["parts"].items()}
+        shape = None if meta["image_shape"] is None else tuple(meta["image_shape"])
+        offset = None if meta.get("offset") is None else np.array(meta["offset"], np.float64)
+        source = Source(
+            meta["name"], x, y, tuple(meta["classes"]), shape, parts, offset=offset, digest=meta.get("digest")
+        )
+    except (EOFError, KeyError, TypeError, AttributeError) as error:  # a file is empty, or another's
+        raise ValueError(f"{folder}: damaged: {type(error).__name__}: {error}; delete it") from error
     if x.shape[:1] != y.shape:
         raise ValueError(f"{folder}: damaged: {x.shape} images and {y.shape} labels; delete it")
-    parts = {part: (start, stop) for part, (start, stop) in meta["parts"].items()}
-    shape = None if meta["image_shape"] is None else tuple(meta["image_shape"])
-    offset = None if meta.get("offset") is None else np.array(meta["offset"], np.float64)
-    return Source(meta["name"], x, y, tuple(meta["classes"]), shape, parts, offset=offset)
+    return source
 
 
 def stamp(path: Path) -> list[int]:
@@ -565,8 +573,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The same for a file that a person named: a link is followed, and an error names the file that was asked for."""
+    """The same for a file that a person named: a link is followed, and an error names the file that was asked for.
+
+    A pipe or a device is written to as it is: nothing may take its place.
+    """
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         write_atomically(path.resolve(), lambda file: file.write(content))
     except OSError as error:
         if error.errno is None:
@@ -591,7 +605,7 @@ def open_stored(
         with np.load(known, allow_pickle=False) as archive:
             moments, digest = archive["moments"], str(archive["digest"])
             whole = np.array_equal(archive["stamps"], stamps)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         whole = False
     if not whole:
         moments, digest = np.array(statistics(splits[0].x)), content_digest(*splits, offset=source.offset)

@@ -155,7 +155,7 @@ def launch(
         if detach:
             from search import serve
 
-            said = serve.enqueue(spec, settings)
+            said = serve.enqueue(spec, settings, _say)
             _show_json({"study": spec.name, "state": "queued"}) if as_json else _tell(said)
             return
         _run(

@@ -41,7 +41,7 @@ def open_dataset(spec: DatasetSpec, settings: Settings) -> tuple[Dataset, list[s
     CIFAR-10 and npz files are converted once, into settings.data_cache, and memory-mapped from there; a change of
     the files is noticed by their sizes, times and inodes. Raises DataError naming the file or the setting at fault.
     """
-    with _as_data_error():
+    with _as_data_error(spec.path or spec.name):
         if spec.name == "digits":
             source = data.read_digits()
             chosen = choose(spec, source.parts, source.y)
@@ -84,12 +84,12 @@ def _lacking(spec: DatasetSpec, source: Source, chosen: Chosen) -> list[str]:
 
 
 @contextmanager
-def _as_data_error() -> Iterator[None]:
+def _as_data_error(given: str) -> Iterator[None]:
+    """`given` is named where an error knows no file: one of reading, unlike one of opening, does not."""
     try:
         yield
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise DataError(f"{where}{error.strerror or error}") from error
+        raise DataError(f"{error.filename or given}: {error.strerror or error}") from error
     except ValueError as error:
         raise DataError(str(error)) from error
 
@@ -110,8 +110,12 @@ def choose(spec: DatasetSpec, parts: Mapping[str, Rows], y: Labels) -> Chosen:
     pool = np.concatenate(list(rows.values()))
 
     def some(of: Indices, count: int, key: str, last: bool = False, leave: int = 0) -> Indices:
+        if not len(of):
+            raise DataError(f"dataset.{key}: expected some images, none are left for it")
         if not 1 <= count <= len(of):
-            raise DataError(f"dataset.{key}: expected 1 to {len(of):,} images, got {count:,}")
+            share = getattr(spec, key)
+            got = f"{share} of {len(of):,}, which is {count}" if isinstance(share, float) else f"{count:,}"
+            raise DataError(f"dataset.{key}: expected 1 to {len(of):,} images, got {got}")
         if spec.split == "last" or count == len(of):
             return of[len(of) - count :] if last else of[:count]
         return of[stratified(y[of], count, (spec.seed, _DRAWS.index(key)), leave)]
@@ -304,7 +308,7 @@ def _stored(spec: DatasetSpec, settings: Settings) -> tuple[Path, tuple[str, ...
         folder = cache / known["folder"]
         if (known["converted"], known["files"]) == (CONVERTED, stamps) and data.load_stored(folder):
             return folder, tuple(known["findings"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # never read before, or the copy is not whole: read the files
     source = _read(spec.name, path)
     if _stamps(watched) != stamps:
@@ -365,17 +369,17 @@ def check(name: str, settings: Settings, path: str | None = None) -> list[Row]:
             if row.ok and row.detail in {earlier.detail for earlier in rows[:i]}:
                 rows[i] = replace(row, state="refused", detail="the same as an earlier batch", ok=False)
         if all(row.ok for row in rows):
-            with _as_data_error():
+            with _as_data_error(str(folder)):
                 rows += _check_classes(name, data.read_cifar10(folder))
     elif name == "digits" or (name in data.READERS and path):
-        with _as_data_error():
+        with _as_data_error(path or name):
             source = data.read_digits() if name == "digits" else _read(name, located(str(path), "PATH"))
         rows = [Row(source.files[0].name, "readable", f"{len(source.y):,} examples of {source.x.shape[1]} values")]
         rows += [Row(name, "warning", finding) for finding in source.findings] + _check_classes(name, source, path)
     else:
         with_path = " or ".join(other for other in data.READERS if other != "cifar10")
         raise DataError(f"expected digits, cifar10, or {with_path} with the path of a file, got {name!r}")
-    copies = sorted(settings.data_cache.glob(f"{name}-{'?' * 16}/"))
+    copies = sorted(settings.data_cache.glob(f"{name}-{'?' * 16}*/"))
     return rows + [_check_copy(copy) for copy in copies]
 
 
@@ -406,7 +410,10 @@ def _check_classes(name: str, source: Source, path: str | None = None) -> list[R
 
 def _check_copy(folder: Path) -> Row:
     try:
-        if _copy_name(data.load_stored(folder)) == folder.name:
+        source = data.load_stored(folder)
+        if source.digest is None:
+            return Row(folder.name, "not checked", f"an older version made {folder}")
+        if data.content_digest(Split(source.x, source.y), offset=source.offset) == source.digest:
             return Row(folder.name, "whole copy", str(folder))
     except (ValueError, OSError):
         pass

@@ -81,7 +81,7 @@ def launch(
 
     `show` gets the status about twice a second; `started` gets the runner, to stop it from a
     signal handler; `warn` gets what a person should know; `concluded` gets the outcome before the rest of it is sent
-    to MLflow, which may take its time. Without `publish`, all for MLflow stays in
+    to MLflow, which may take its time: `unsent` is how much that is. Without `publish`, all for MLflow stays in
     the outbox. `report` makes the page that goes with the study's summary; if it fails, the study does not.
     Raises StudyConflict, StudyBusy, DataError, StudyFileError when the method needs a package that is not here or
     the space another study; Interrupted if it was stopped; StudyFailed without any result.
@@ -124,7 +124,7 @@ def launch(
             record.set_attr("chosen", outcome.chosen.params)
             page = _page(report, record, settings, warn) if report else None
             box.put([_ended(record, outcome, page, runner.clock())])
-            concluded(replace(outcome, unsent=box.unsent(record.id)))
+            concluded(replace(outcome, unsent=box.unsent(record.id) if publish else 0))
         runner.write_notes()
         record.note(study_note(spec, outcome.stages, box.links(record.id).get(record.id), settings, outcome))
         sent = box.counts().get(record.id, Counts())
@@ -328,20 +328,15 @@ def dry_run(
     ask = asker(spec.search.method, distributions, spec.seed) if is_asked(spec) else None
     say("planning the first trials ...")
     proposals = plan.propose(spec, [], ask)
-    stages, datasets = plan.stages(spec), dict[str, Dataset]()
     sample = proposals[:: math.ceil(len(proposals) / GROUP)]  # all over the space
     with tempfile.TemporaryDirectory() as folder:
         aside = replace(settings, home=Path(folder), data_dir=settings.data_dir or settings.data_cache)
-        for stage in stages:
-            needed = spec.dataset_of(stage.name)
-            if (key := needed.model_dump_json()) not in datasets:
-                say(f"opening the data of {needed.name} ...")
-                datasets[key], _ = open_dataset(needed, aside)
-        data = [datasets[spec.dataset_of(stage.name).model_dump_json()] for stage in stages]
-        rate, count = _rate(spec, data[0], sample, workers, say)
+        say("opening the data ...")
+        datasets = open_datasets(spec, aside, say)
+        rate, count = _rate(spec, next(iter(datasets.values())), sample, workers, say)
     table = list[dict[str, Any]]()
-    for stage, of in zip(stages, data, strict=True):
-        work = stage.trials * _work(spec, stage.overrides, of, [p.params for p in sample])
+    for stage in plan.stages(spec):
+        work = stage.trials * _work(spec, stage.overrides, datasets[stage.name], [p.params for p in sample])
         table.append({"name": stage.name, "trials": stage.trials, "seconds": work / rate / min(count, stage.trials)})
     limit = math.inf if spec.limits.minutes is None else 60 * spec.limits.minutes
     return {

@@ -47,10 +47,13 @@ COUNTS = ("complete", "running", "pruned", "diverged", "failed", "waiting")  # o
 WAITING = ("queued", "running")  # one that runs and has no owner lost its runner
 
 
-def enqueue(spec: StudySpec, settings: Settings) -> str:
-    """Register a study for `sieve serve`; says so. Raises StudyConflict, StudyFileError; StudyBusy while it runs."""
+def enqueue(spec: StudySpec, settings: Settings, warn: Callable[[str], None] = lambda text: None) -> str:
+    """Register a study for `sieve serve`; says so. `warn` gets what a person should know.
+
+    Raises DataError, StudyConflict, StudyFileError; StudyBusy while it runs.
+    """
     spec = run.resolved(spec, settings)
-    datasets = run.open_datasets(spec, settings, lambda note: None)
+    datasets = run.open_datasets(spec, settings, warn)
     digests = {stage: data.digest for stage, data in datasets.items()}
     settings.make_home()
     with (

@@ -126,7 +126,7 @@ def test_rows_that_are_not_neighbours_keep_their_order() -> None:
         ({"train": 45_001}, "dataset.train: expected 1 to 45,000 images, got 45,001"),
         ({"test": 10_001}, "dataset.test: expected 1 to 10,000 images"),
         ({"subset": 45_001}, "dataset.subset: expected 1 to 45,000 images"),
-        ({"train": 1e-9}, "dataset.train: expected 1 to 45,000 images, got 0"),
+        ({"train": 1e-9}, "dataset.train: expected 1 to 45,000 images, got 1e-09 of 45,000, which is 0"),
     ],
 )
 def test_more_images_than_there_are(given: Any, message: str) -> None:
@@ -447,6 +447,77 @@ def npy(array: Any) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("part", ["val", "test", "train"])
+def test_x_and_y_beside_other_parts_are_no_whole(tmp_path: Path, part: str) -> None:
+    """x and y would be cut up, and the part beside them left out without a word: the file is refused instead."""
+    x, y = np.arange(90.0).reshape(30, 3), np.arange(30) % 3
+    np.savez(tmp_path / "mixed.npz", **{"x": x, "y": y, f"y_{part}": y})
+    with pytest.raises(DataError, match=r"mixed\.npz: no array 'x_train' among .*x, .*; expected an npz"):
+        open_dataset(spec("npz", path=str(tmp_path / "mixed.npz"), validation=6), at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"validation": 0.01}, "dataset.validation: expected 1 to 30 images, got 0.01 of 30, which is 0"),
+        ({"validation": 31}, "dataset.validation: expected 1 to 30 images, got 31"),
+        ({"validation": 6, "test": 30}, "dataset.validation: expected some images, none are left for it"),
+        ({"validation": 6, "train": 0.01}, "dataset.train: expected 1 to 24 images, got 0.01 of 24, which is 0"),
+    ],
+)
+def test_amounts_that_there_are_not(tmp_path: Path, wanted: dict[str, Any], said: str) -> None:
+    """A count or a fraction that cannot be taken is repeated as it was given."""
+    x, y = np.arange(90.0).reshape(30, 3), np.arange(30) % 3
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    with pytest.raises(DataError) as error:
+        open_dataset(spec("npz", path=str(tmp_path / "a.npz"), **wanted), at(tmp_path))
+    assert str(error.value) == said
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no such file here")
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Errors of reading, unlike those of opening, know no name: the path that was given stands before them."""
+    with pytest.raises(DataError, match=r"^/proc/self/mem: Input/output error$"):
+        open_dataset(spec("npz", path="/proc/self/mem", validation=6), at(tmp_path))
+    with pytest.raises(DataError, match=r"^/proc/self/mem: "):
+        datasets.check("npz", at(tmp_path), "/proc/self/mem")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"name": "npz"}', b"\xff\xfe", b"\x93NUMPY\x01\x00"])
+@pytest.mark.parametrize("kept", ["npz-*.json", "npz-*/meta.json", "npz-*/x.npy", "npz-*/y.npy", "npz-*/split-*.npz"])
+def test_copies_of_any_content_are_made_again(tmp_path: Path, kept: str, content: bytes) -> None:
+    """Whatever a crash or a disk left of what is kept beside the files, the files are read again without a word."""
+    np.savez(tmp_path / "own.npz", x=np.arange(90.0).reshape(30, 3), y=np.arange(30) % 3)
+    wanted = spec("npz", path=str(tmp_path / "own.npz"), validation=6)
+    first, _ = open_dataset(wanted, at(tmp_path / "home"))
+    damaged = list(at(tmp_path / "home").data_cache.glob(kept))
+    assert damaged
+    for path in damaged:
+        path.write_bytes(content)
+    data.open_stored.cache_clear()  # as in another process
+    again, _ = open_dataset(wanted, at(tmp_path / "home"))
+    assert again.digest == first.digest
+    assert again.mean.tolist() == first.mean.tolist()
+
+
+def test_every_copy_is_checked(tmp_path: Path) -> None:
+    """A bit that fell over is seen in the copy of the file, and in that of the examples as they were drawn."""
+    np.savez(tmp_path / "own.npz", x=np.arange(90.0).reshape(30, 3), y=np.arange(30) % 3)
+    home = at(tmp_path / "home")
+    open_dataset(spec("npz", path=str(tmp_path / "own.npz"), validation=6), home)
+
+    def states() -> dict[str, str]:
+        return {r.name: r.state for r in datasets.check("npz", home, str(tmp_path / "own.npz")) if "copy" in r.state}
+
+    copies = sorted(folder.name for folder in home.data_cache.glob("npz-*/"))
+    assert len(copies) == 2
+    assert states() == dict.fromkeys(copies, "whole copy")
+    for name in copies:
+        file = home.data_cache / name / "x.npy"
+        file.write_bytes(file.read_bytes()[:-2] + b"??")
+    assert states() == dict.fromkeys(copies, "damaged copy")
 
 
 def npz_of(**members: Any) -> bytes:

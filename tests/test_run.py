@@ -34,7 +34,7 @@ from optuna.importance import (
 
 from core.data import Dataset
 from core.train import Keep, State, TrainConfig, advance, start
-from search import checkpoint, doctor, outbox, plan, run, runner
+from search import checkpoint, doctor, outbox, plan, run, runner, serve
 from search.datasets import open_dataset
 from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
 from search.executor import LocalExecutor, Slice
@@ -117,6 +117,14 @@ def test_the_number_of_workers_changes_no_result(settings: Settings, quick: Spec
     launch(quick(), settings, workers=1)
     launch(quick(), other, workers=3)
     assert values(settings) == values(other)
+
+
+def test_without_a_publisher_nothing_is_said_to_be_sent(settings: Settings, quick: Spec) -> None:
+    """The result that is shown first announces no sending; the one at the end counts what waits for `sieve sync`."""
+    shown = list[run.Outcome]()
+    outcome = launch(quick(), settings, workers=1, concluded=shown.append)
+    assert [early.unsent for early in shown] == [0]
+    assert outcome.unsent > 0
 
 
 def test_the_last_repeat_of_a_configuration_shows_mean_and_deviation(
@@ -864,6 +872,20 @@ def test_a_dry_run_adds_up_its_stages(settings: Settings, quick: Spec) -> None:
         {name: amount / work["short"] for name, amount in work.items()}
     )
     assert [line for line in said if line.startswith("timing one slice of ")]
+
+
+@pytest.mark.parametrize("begin", [partial(run.dry_run, workers=1), serve.enqueue], ids=["dry run", "for serve"])
+def test_whoever_begins_a_study_is_warned_of_its_data(
+    settings: Settings, quick: Spec, tmp_path: Path, begin: Callable[..., object]
+) -> None:
+    """What is to be known of the data is said before anything is trained, to who leaves it to a service too."""
+    y = np.append(np.arange(60) % 2, 2)  # the only example of class 2 is trained on
+    np.savez(tmp_path / "rare.npz", x=np.random.default_rng(0).normal(size=(61, 3)), y=y)
+    dataset = {"name": "npz", "path": str(tmp_path / "rare.npz"), "validation": 20}
+    said = list[str]()
+    spec = quick(dataset=dataset | {"split": "stratified"}, base={"batch_size": 20, "epochs": 1})
+    begin(spec, settings, **{"say" if isinstance(begin, partial) else "warn": said.append})
+    assert "warning: npz: no example to choose by of 1 class: 2" in said
 
 
 def test_a_dry_run_times_little_of_much(settings: Settings, quick: Spec, tmp_path: Path) -> None:
