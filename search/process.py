@@ -85,28 +85,46 @@ def outlast_readers() -> None:
 
 def leave_streams() -> None:
     """Nobody reads any more: what is still to be written goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
-        os.dup2(nowhere, number)
+        _discard(number)
+
+
+def _discard(number: int) -> None:
+    """From here on what is written to this file goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
     os.close(nowhere)
 
 
-class _Lasting(io.FileIO):
-    """A file whose reader may go away; what is written then is lost. stderr may lose anything: it only informs."""
+class _Lasting(io.TextIOWrapper):
+    """A stream whose reader may go away; what is written then is lost. stderr may lose anything: it only informs.
 
-    def write(self, data: Any, /) -> int:
+    On top of the buffer, not below: a signal that came within a write of ours there would have it written again.
+    """
+
+    def write(self, text: str, /) -> int:
+        with self._forgiving():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            super().flush()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
         try:
-            return super().write(data)
+            yield
         except OSError as error:
             if error.errno not in GONE and self.fileno() != 2:
                 raise
-            return len(data)
+            _discard(self.fileno())
 
 
 def _lasting(stream: io.TextIOWrapper, number: int) -> TextIO:
     stream.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Lasting(number, "w", closefd=False)),
+    return _Lasting(
+        io.BufferedWriter(io.FileIO(number, "w", closefd=False)),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,

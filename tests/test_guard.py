@@ -167,7 +167,7 @@ def test_a_taken_port_is_named_with_the_option_that_moves_it(tmp_path: Path) -> 
     with closing(socket.create_server(("127.0.0.1", 0))) as other:
         port = other.getsockname()[1]
         with pytest.raises(SettingsError, match=f"port {port}: Address already in use; .*--mlflow-port"):
-            ui.serve(settings, port, 0, print)
+            ui.serve(settings, port, port + 1, print)
         with pytest.raises(SettingsError, match="--dashboard-port"):
-            ui.serve(settings, 0, port, print)
+            ui.serve(settings, free_port(), port, print)
     assert not settings.home.exists()

@@ -336,7 +336,7 @@ def test_the_note_in_the_dashboard_sums_the_study_up(settings: Settings, quick: 
     """Question, result with mean and deviation, links, repeated configurations, each stage's box, the whole spec."""
     spec = quick(description="Why?")
     found = run.launch(spec, settings, workers=1, publish=False)
-    text = study_note(spec, found.stages, {"quick": ("7", "abc")}, settings, found)
+    text = study_note(spec, found.stages, ("7", "abc"), settings, found)
     parts = text.split("\n\n")
     assert parts[0] == "Why?"
     assert parts[1].startswith(
@@ -351,7 +351,7 @@ def test_the_note_in_the_dashboard_sums_the_study_up(settings: Settings, quick: 
     assert json.loads(parts[-1].removeprefix("```json").removesuffix("```")) == json.loads(spec.to_json())
     attrs = stored.storage.get_study_system_attrs(stored.study_id)
     kept = get_note(load_study(study_name="quick", storage=stored.storage))
-    assert kept == study_note(spec, found.stages, {}, settings, found)
+    assert kept == study_note(spec, found.stages, None, settings, found)
     assert max(len(text) for key, text in attrs.items() if "note_str" in key) <= 2045  # what the dashboard allows
 
 

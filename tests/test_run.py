@@ -716,9 +716,10 @@ def test_a_running_trial_that_cannot_go_on_is_ended_in_both_places(
     assert not list(settings.checkpoints.rglob("*.npz"))
 
 
-def test_what_the_journal_calls_failed_fails(settings: Settings, quick: Spec) -> None:
+def test_what_the_journal_calls_failed_fails(settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner that was killed between its journal and the storage had said the end of a trial already."""
-    spec = quick(**slow())
+    monkeypatch.setattr(runner, "SLICE_SECONDS", 1e-6)  # an epoch
+    spec = quick(**slow(epochs=8))
     with pytest.raises(Interrupted):
         launch(spec, settings, workers=2, started=stop_after_first_slice)
     first = next(a for a in attempts(settings) if a.state.name == "RUNNING")
