@@ -700,6 +700,7 @@ def test_a_running_trial_that_cannot_go_on_is_ended_in_both_places(
     settings: Settings, quick: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Taken up where there is no memory for it, it fails in storage and journal alike; no checkpoint stays."""
+    monkeypatch.setattr(runner, "SLICE_SECONDS", 1e-6)  # an epoch
     spec = quick(**slow())
     with pytest.raises(Interrupted):
         launch(spec, settings, workers=2, started=stop_after_first_slice)
