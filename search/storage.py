@@ -1,9 +1,9 @@
 """A study's record in Optuna's storage, the one truth about what is done: one writer, few transactions.
 
 The writer is the study's owner: it holds a file lock on SQLite, an advisory lock on PostgreSQL. A lock can be lost
-without a word (a cut connection, a removed file), so every taking of a study has a number, its fence, and each
-transaction asks for it before it commits. A PostgreSQL that goes away (crash, restart, cut connections) is waited
-for; what a lost reply leaves in doubt is looked up.
+without a word (a cut connection, a removed file), so every taking of a study leaves a random number there, its
+launch, and each transaction asks for it before it commits. A PostgreSQL that goes away (crash, restart, cut
+connections) is waited for; what a lost reply leaves in doubt is looked up.
 """
 
 import functools
@@ -438,18 +438,17 @@ class StudyRecord:
 
         def once() -> None:
             with self.storage.engine.begin() as connection:
-                fence = _stored(connection, self.study_id, "fence", lock=" FOR UPDATE") or 0
                 if self._is_gone(connection):
                     raise StudyGone(self.name)
-                _store(connection, self.study_id, {"fence": fence + 1, "launch": launch, "request": None})
+                _store(connection, self.study_id, {"launch": launch, "request": None})
 
         self.lasting(once)
         self.launch = launch
 
     def must_be_ours(self, connection: sqlalchemy.Connection) -> None:
         """Raises StudyTaken if another took the study since, StudyGone if it was deleted."""
-        found = _stored(connection, self.study_id, "launch", lock=" FOR SHARE")
-        if found != self.launch:  # random: SQLite gives the number of a deleted study to the next one
+        found = _stored(connection, self.study_id, "launch", keep=True)
+        if found != self.launch:  # no count: SQLite gives the number of a deleted study to the next one
             raise StudyGone(self.name) if self._is_gone(connection) else StudyTaken(self.name)
 
     def lasting(self, call: Callable[[], R]) -> R:
@@ -723,11 +722,11 @@ def _intermediate_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
     return {"trial_id": trial_id, "step": step, "intermediate_value": finite, "intermediate_value_type": kind}
 
 
-def _stored(connection: sqlalchemy.Connection, study_id: int, key: str, lock: str = "") -> Any:
-    """An attribute of a study, None if there is none; `lock`: held to the end of the transaction, on PostgreSQL."""
+def _stored(connection: sqlalchemy.Connection, study_id: int, key: str, *, keep: bool = False) -> Any:
+    """An attribute of a study, None if there is none. keep: nobody changes it until this transaction ends."""
     query = "SELECT value_json FROM study_user_attributes WHERE study_id = :id AND key = :key"
-    if connection.dialect.name != "sqlite":
-        query += lock
+    if keep and connection.dialect.name != "sqlite":  # where whoever writes is alone anyway
+        query += " FOR SHARE"
     found = connection.execute(sqlalchemy.text(query), {"id": study_id, "key": key}).scalar()
     return None if found is None else json.loads(found)
 
@@ -793,7 +792,7 @@ def register(storage: RDBStorage, spec: StudySpec, datasets: Mapping[str, str]) 
 
     Raises NameTaken if another tool's study has the name, StudyUnreadable if this version cannot know whose it is.
     """
-    identity = {"id": secrets.token_hex(8), "fence": 0, "launch": ""}
+    identity = {"id": secrets.token_hex(8), "launch": ""}
     with storage.engine.begin() as connection:
         named = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_name == spec.name)
         study_id = connection.execute(named).scalar()

@@ -29,14 +29,7 @@ from tests.processes import sieve
 KEYS = (*(f"{kind}/{part}" for kind in ("cost", "loss", "accuracy") for part in ("train", "val")), "eta")
 DONE = ("COMPLETE", "PRUNED")
 GOING_SECONDS = 60.0  # a publisher without a runner sends the rest before it ends
-OWN = (
-    "seconds",
-    "attempt",
-    "id",
-    "uid",
-    "launch",
-    "fence",
-)  # attributes of trials that two runs of one study differ in
+OWN = ("seconds", "attempt")  # attributes of trials that two runs of one study differ in
 FLOAT32 = 1e-4  # how far a loss of float32 weights may be from the float64 one
 ACTIVATIONS = {"relu": lambda z: np.maximum(z, 0), "tanh": np.tanh, "sigmoid": lambda z: 1 / (1 + np.exp(-z))}
 

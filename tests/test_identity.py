@@ -35,7 +35,7 @@ def test_points_that_no_trial_was_begun_with_go_with_their_specification(home: S
 
 
 def of_an_older_version(record: StudyRecord, **attrs: Any) -> None:
-    """What an older version wrote of a study: no id, no fence, no launch."""
+    """What an older version wrote of a study: no id, no launch."""
     with record.storage.engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM study_user_attributes WHERE key != 'spec'")
     for key, value in attrs.items():
@@ -43,7 +43,7 @@ def of_an_older_version(record: StudyRecord, **attrs: Any) -> None:
 
 
 def test_a_study_that_an_older_version_queued_can_be_stopped(home: Settings, quick: Quick) -> None:
-    """It has no fence yet, which does not mean that it was deleted."""
+    """Nobody has taken it yet, which does not mean that it was deleted."""
     register(storage := open_storage(home.storage), quick(**RANDOM), {})
     of_an_older_version(record := StudyRecord(storage, "quick"), state="queued")
     assert "does not wait" in run.request("quick", "stop", home)
