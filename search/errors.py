@@ -8,7 +8,7 @@ SieveError                     exit 1
 ├── StudyUnreadable            exit 2    a study of another tool or of a newer version, or a damaged one
 ├── StudyBusy                  exit 2    another runner owns the study
 ├── DataError                  exit 2    a dataset that is missing, damaged or not what it says it is
-├── SettingsError              exit 2    an environment variable that cannot be meant
+├── SettingsError              exit 2    an environment variable or an option that cannot be meant
 ├── WorkersLost                exit 1    no worker process begins; what is stored is safe
 ├── StudyTaken                 exit 1    another runner took the study over while this one stood still
 ├── StudyGone                  exit 1    the study was deleted while it ran
@@ -139,7 +139,7 @@ class DataError(SieveError):
 
 
 class SettingsError(SieveError):
-    """An environment variable that cannot be meant."""
+    """An environment variable, or an option, that cannot be meant."""
 
     exit_code = 2
 

@@ -22,6 +22,7 @@ from search.datasets import open_dataset
 from search.errors import (
     DataError,
     DiskError,
+    SettingsError,
     SieveError,
     StorageLost,
     StudyFailed,
@@ -336,6 +337,8 @@ def _row(record: StudyRecord, counts: Counts) -> dict[str, Any]:
 
 def export(study: str, path: Path, settings: Settings) -> str:
     """Write the chosen configuration's best weights and what prediction needs; says what was written."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise SettingsError(f"--weights {path}: expected a file, new or old, in a folder that exists")
     record = open_study(study, settings)
     outcome, spec = conclude(record), record.spec
     slots = set(outcome.chosen.slots)

@@ -840,7 +840,8 @@ def _other_data(stored: StudySpec, given: StudySpec, stage: str, was: str, is_no
     before, after = (spec.dataset_of(stage) for spec in (stored, given))
     return DataError(
         f"study '{given.name}' was begun with other data: {before.path or before.name} had digest {was}, "
-        f"{after.path or after.name} has {is_now}; bring the old data back, or give this study another name"
+        f"{after.path or after.name} has {is_now}; bring the old data back (`sieve data check` looks for damage), "
+        "or give this study another name"
     )
 
 

@@ -867,6 +867,8 @@ def _part(entry: Range | Choice, values: Sequence[Scalar]) -> dict[str, Any]:
     numbers = _numbers(values)
     if isinstance(entry, Range):
         low, high = max(entry.low, min(numbers)), min(entry.high, max(numbers))
+        if min(numbers) == max(numbers):
+            raise ValueError(f"the best of the other study have one value, {min(numbers):g}; take a larger top of them")
         if low >= high:
             raise ValueError(f"{entry.low:g} to {entry.high:g} and {min(numbers):g} to {max(numbers):g} share no range")
         return {"low": low, "high": high}

@@ -36,7 +36,7 @@ from core.data import Dataset
 from core.train import Keep, State, TrainConfig, advance, start
 from search import checkpoint, doctor, outbox, plan, run, runner, serve
 from search.datasets import open_dataset
-from search.errors import Interrupted, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
+from search.errors import Interrupted, SettingsError, StudyBusy, StudyConflict, StudyFailed, UnknownStudy
 from search.executor import LocalExecutor, Slice
 from search.objective import objective
 from search.outbox import Outbox
@@ -403,6 +403,13 @@ def test_a_dry_run_writes_nothing(settings: Settings, quick: Spec) -> None:
     assert plan_["first"][0] == plan.propose(quick(), [])[0].params
     assert plan_["seconds"] > 0
     assert not settings.home.exists()
+
+
+@pytest.mark.parametrize("place", [".", "missing/w.npz"])
+def test_weights_go_into_a_file_of_a_folder_that_exists(settings: Settings, tmp_path: Path, place: str) -> None:
+    """A folder, or a file below one that is not there, is a mistake in the command and no trouble of the disk."""
+    with pytest.raises(SettingsError, match="expected a file, new or old, in a folder that exists"):
+        export("quick", tmp_path / place, settings)
 
 
 def test_exported_weights_predict_as_the_trial_did(settings: Settings, quick: Spec, tmp_path: Path) -> None:

@@ -255,6 +255,13 @@ def test_a_space_with_nothing_left_is_refused() -> None:
     ]
 
 
+def test_one_value_is_no_space() -> None:
+    """Where a single trial of the other study is meant, the line says to take more of them."""
+    with pytest.raises(StudyFileError, match="have one value, 0.2; take a larger top") as caught:
+        narrowed(wide(), [{"lambda": 0.2}])
+    assert len(caught.value.mistakes) == 1
+
+
 def test_studies_of_older_versions_keep_their_split() -> None:
     """What was stored without a split was split by the last rows, in every stage; new files draw at random."""
     given = study(
