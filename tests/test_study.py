@@ -257,7 +257,7 @@ def test_a_space_with_nothing_left_is_refused() -> None:
 
 def test_one_value_is_no_space() -> None:
     """Where a single trial of the other study is meant, the line says to take more of them."""
-    with pytest.raises(StudyFileError, match="have one value, 0.2; take a larger top") as caught:
+    with pytest.raises(StudyFileError, match=r"have one value, 0\.2; take a larger top") as caught:
         narrowed(wide(), [{"lambda": 0.2}])
     assert len(caught.value.mistakes) == 1
 
