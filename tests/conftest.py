@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # NumPy's threads and kernel are chosen when it is imported; the Makefile sets the same.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# The tests may be run under nohup, which ignores SIGHUP here and in every child.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 QUICK: dict[str, Any] = {
     "name": "quick",
