@@ -8,6 +8,7 @@ id is its tag `sieve.id`, whatever it is called: names are given twice.
 """
 
 import base64
+import errno
 import json
 import logging
 import math
@@ -42,6 +43,7 @@ POLL_SECONDS = 0.3
 PATIENCE = 30.0  # seconds without success after which a publisher that nobody waits for gives up
 BATCH = 64  # records fetched at a time
 MOST_FAILURES = 10  # of one trial's records while the server answers everything else
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 LOCK = ".publisher.lock"  # a name that no study can have
 UID = "sieve.uid"
 ID = "sieve.id"
@@ -368,13 +370,18 @@ class _Publisher:
                 self.box.refuse([record.id], reason)
 
     def _after_failure(self, group: Sequence[Record], error: Exception) -> None:
-        """Go on with others if the server answers; a trial that fails again and again is set aside."""
+        """Go on with others if the server answers; a trial that fails again and again is set aside.
+
+        What a disk does not take is no trial's fault, and waits however long it stays so.
+        """
         if _is_gone(error):  # deleted by somebody, or MLflow was emptied meanwhile
             self.repair(group[0].study)
         try:
             self.client.search_experiments(max_results=1)
         except Exception as down:
             raise _Waiting(_one_line(down)) from down
+        if isinstance(error, OSError) and error.errno in DISK:
+            return
         uid = group[0].uid
         self.failures[uid] = self.failures.get(uid, 0) + 1
         if self.failures[uid] >= MOST_FAILURES:
