@@ -25,7 +25,7 @@ from tests.test_tracking import OLD_LOADER, begun, everything, files, points, pu
 
 STALL = 0.050  # seconds that tracking may take between a slice's end and the next slice
 LONG: dict[str, Any] = {
-    "dataset": {"name": "digits", "train": 1000, "validation": 100, "test": 100},
+    "dataset": {"name": "digits", "train": 1000, "validation": 100, "test": 100, "split": "last"},
     "base": {"batch_size": 5, "epochs": 80},
     "space": {"eta": {"low": 1e-4, "high": 1e-2, "log": True}, "hidden_sizes": [[60]]},
     "search": {"method": "random", "trials": 3},
