@@ -38,8 +38,25 @@ def prepare(settings: Settings) -> None:
         elif half:
             raise SieveError(complaint(settings) or "")
         elif not _is_current(path):
-            _replace(path, lambda part: _copy(path, part))
+            _bring_up_to_date(path)
         relocate(settings)
+
+
+def _bring_up_to_date(path: Path) -> None:
+    """Raises SieveError for tables that the installed MLflow cannot take over; they stay as they are."""
+    try:
+        _replace(path, lambda part: _copy(path, part))
+    except (OSError, sqlite3.Error):  # the disk's trouble
+        raise
+    except Exception as error:
+        cause = getattr(error, "orig", None) or error
+        if isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise
+        said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise SieveError(
+            f"{path}: its tables are of another version of MLflow and cannot be brought up to date ({said}); "
+            f"install that version, or {MOVE_AWAY}"
+        ) from None
 
 
 def complaint(settings: Settings) -> str | None:
