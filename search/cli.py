@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search import process
-from search.errors import DiskError, SieveError, StudyFileError
+from search.errors import FULL, DiskError, SieveError, StudyFileError
 from search.settings import Settings, redact
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _begin() -> None:
     process.keep_private()
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (*FULL, errno.EFBIG)
 
 File = Annotated[Path, typer.Argument(help="A study file (YAML).", show_default=False)]
 Study = Annotated[str, typer.Argument(help="A study's name.", show_default=False)]
@@ -77,11 +77,11 @@ def _errors() -> Iterator[None]:
         if error.filename is None and error.errno in process.GONE:  # of our output
             process.leave_streams()
             raise typer.Exit(1) from None
-        if error.filename is None and error.errno not in FULL:
+        if error.filename is None and error.errno not in NO_ROOM:
             raise
         where = error.filename if isinstance(error.filename, str) else str(Settings.from_environment().home)
         _say(str(DiskError(where, error.strerror or str(error))))
-        raise typer.Exit(1 if error.errno in FULL else 2) from None
+        raise typer.Exit(1 if error.errno in NO_ROOM else 2) from None
     except KeyboardInterrupt:
         _say("interrupted")
         raise typer.Exit(130) from None

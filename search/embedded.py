@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import filelock
 
-from search.errors import SieveError
+from search.errors import SieveError, in_one_line
 from search.settings import Settings, sqlite_url
 
 MOVE_AWAY = "move it away, and `sieve sync --redo` makes everything of this home's studies again"
@@ -44,18 +44,18 @@ def prepare(settings: Settings) -> None:
 
 def _bring_up_to_date(path: Path) -> None:
     """Raises SieveError for tables that the installed MLflow cannot take over; they stay as they are."""
+    from alembic.util import CommandError
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         _replace(path, lambda part: _copy(path, part))
-    except (OSError, sqlite3.Error):  # the disk's trouble
-        raise
-    except Exception as error:
+    except (CommandError, SQLAlchemyError) as error:
         cause = getattr(error, "orig", None) or error
-        if isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-            raise
-        said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        if getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) != sqlite3.SQLITE_ERROR:
+            raise  # a full disk, say, which says nothing of the tables
         raise SieveError(
-            f"{path}: its tables are of another version of MLflow and cannot be brought up to date ({said}); "
-            f"install that version, or {MOVE_AWAY}"
+            f"{path}: its tables are of another version of MLflow and cannot be brought up to date "
+            f"({in_one_line(cause)}); install that version, or {MOVE_AWAY}"
         ) from None
 
 

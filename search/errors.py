@@ -20,9 +20,12 @@ SieveError                     exit 1
 Each is built from plain values (`args` are the constructor's arguments), so it survives being pickled.
 """
 
+import errno
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # with which a disk that is full, or full for this user, answers
 
 
 class SieveError(Exception):

@@ -4,7 +4,6 @@ Any number of services may share a storage: a study's owner is alone, and what a
 next. Waiting for whatever else is down is all that a service does about it.
 """
 
-import errno
 import os
 import sqlite3
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 from search import COMMAND, run
 from search.errors import (
+    FULL,
     DiskError,
     Interrupted,
     SettingsError,
@@ -42,7 +42,6 @@ POLL_SECONDS = 2.0
 SYNC_SECONDS = 30.0  # between attempts to send what earlier studies left unsent
 SAY_SECONDS = 30.0  # between lines about a running study
 TAKEN_SECONDS = 10.0  # in which a service that has nothing to do takes up what a dead runner left
-FULL = (errno.ENOSPC, errno.EDQUOT)
 COUNTS = ("complete", "running", "pruned", "diverged", "failed", "waiting")  # of trials, as far as there are any
 WAITING = ("queued", "running")  # one that runs and has no owner lost its runner
 

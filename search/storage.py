@@ -448,7 +448,8 @@ class StudyRecord:
     def must_be_ours(self, connection: sqlalchemy.Connection) -> None:
         """Raises StudyTaken if another took the study since, StudyGone if it was deleted."""
         found = _stored(connection, self.study_id, "launch", keep=True)
-        if found != self.launch:  # no count: SQLite gives the number of a deleted study to the next one
+        # Random words, because counts may be equal: SQLite gives the number of a deleted study to the next one.
+        if found != self.launch:
             raise StudyGone(self.name) if self._is_gone(connection) else StudyTaken(self.name)
 
     def lasting(self, call: Callable[[], R]) -> R:
@@ -725,7 +726,7 @@ def _intermediate_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
 def _stored(connection: sqlalchemy.Connection, study_id: int, key: str, *, keep: bool = False) -> Any:
     """An attribute of a study, None if there is none. keep: nobody changes it until this transaction ends."""
     query = "SELECT value_json FROM study_user_attributes WHERE study_id = :id AND key = :key"
-    if keep and connection.dialect.name != "sqlite":  # where whoever writes is alone anyway
+    if keep and connection.dialect.name != "sqlite":  # SQLite lets one connection write at a time
         query += " FOR SHARE"
     found = connection.execute(sqlalchemy.text(query), {"id": study_id, "key": key}).scalar()
     return None if found is None else json.loads(found)

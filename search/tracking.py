@@ -34,7 +34,7 @@ from PIL.Image import Image
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from search import embedded, figures
-from search.errors import SieveError, UnknownStudy, brief
+from search.errors import FULL, SieveError, UnknownStudy, brief
 from search.failpoint import failpoint
 from search.outbox import OUR_FAULT, Outbox, Record, artifact_id, formerly, markdown, progress_points, unpack
 from search.settings import Settings, redact
@@ -43,7 +43,9 @@ POLL_SECONDS = 0.3
 PATIENCE = 30.0  # seconds without success after which a publisher that nobody waits for gives up
 BATCH = 64  # records fetched at a time
 MOST_FAILURES = 10  # of one trial's records while the server answers everything else
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+OF_THE_MACHINE = (  # errors that would befall any record: a disk that takes nothing, or no more files
+    *FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 LOCK = ".publisher.lock"  # a name that no study can have
 UID = "sieve.uid"
 ID = "sieve.id"
@@ -372,7 +374,7 @@ class _Publisher:
     def _after_failure(self, group: Sequence[Record], error: Exception) -> None:
         """Go on with others if the server answers; a trial that fails again and again is set aside.
 
-        What a disk does not take is no trial's fault, and waits however long it stays so.
+        What this machine does not let through, a full disk for example, is no trial's fault and waits.
         """
         if _is_gone(error):  # deleted by somebody, or MLflow was emptied meanwhile
             self.repair(group[0].study)
@@ -380,7 +382,7 @@ class _Publisher:
             self.client.search_experiments(max_results=1)
         except Exception as down:
             raise _Waiting(_one_line(down)) from down
-        if isinstance(error, OSError) and error.errno in DISK:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
             return
         uid = group[0].uid
         self.failures[uid] = self.failures.get(uid, 0) + 1

@@ -249,7 +249,7 @@ def test_an_mlflow_database_of_another_version_gets_nothing(
     file = settings.home / "mlflow.db"
     finish(sieve(settings, "launch", study_file(tmp_path, **THREE), *QUIETLY))
     with closing(sqlite3.connect(file)) as db:
-        # Somebody's: one that holds nothing is simply made anew.
+        # It holds something of somebody's: else it would be made anew.
         db.execute("INSERT INTO experiments (name, lifecycle_stage) VALUES ('another', 'active')")
         (version,) = db.execute("SELECT version_num FROM alembic_version").fetchone()
         for other in ("451aebb31d03", "ffffffffffff"):
